@@ -1,0 +1,415 @@
+"""What the core asks of its edges.
+
+Everything that two processes would have to share is reached through these
+protocols, so that only the embedded implementations know how it is done:
+archives (:class:`Source`, :class:`LocalArchive`), workstations
+(:class:`Destination`), the cache (:class:`InstanceStore`), the memory of where
+studies were seen (:class:`Locations`) and the disclosure record
+(:class:`Audit`). The core imports this module; the edges implement it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Protocol
+
+from dicomproxy.dataset.header import InstanceHeader
+from dicomproxy.dataset.identifier import Identifier
+from dicomproxy.dataset.levels import Level
+
+LOCAL = "local"
+"""The source name under which the local PACS appears everywhere."""
+
+
+# --------------------------------------------------------------------- sources
+
+
+class Failure(StrEnum):
+    """Why an exchange with a peer came to nothing; branched on, logged, counted."""
+
+    UNREACHABLE = "unreachable"  # no TCP connection
+    REJECTED = "rejected"  # A-ASSOCIATE-RJ, permanent
+    BUSY = "busy"  # A-ASSOCIATE-RJ, transient
+    NO_CONTEXT = "no_context"  # association without the presentation context
+    ABORTED = "aborted"  # A-ABORT or connection lost
+    TIMEOUT = "timeout"  # a deadline passed
+    PROTOCOL = "protocol_error"  # what came was not DICOM
+    STATUS = "status"  # a DIMSE failure status
+    BREAKER = "breaker_open"  # not asked: it failed too often lately
+
+
+class SourceError(Exception):
+    """An exchange with an archive failed.
+
+    Args:
+        source: name of the source, ``local`` for the local PACS.
+        failure: which way it failed.
+        status: the DIMSE status where *failure* is ``STATUS``.
+        detail: facts without patient values or peers' free text.
+    """
+
+    def __init__(
+        self, source: str, failure: Failure, status: int | None = None, detail: str = ""
+    ) -> None:
+        self.source = source
+        self.failure = failure
+        self.status = status
+        self.detail = detail
+        shown = f" 0x{status:04X}" if status is not None else ""
+        super().__init__(f"{source}: {failure}{shown}{' ' + detail if detail else ''}")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceQuery:
+    """One C-FIND as the core wants it asked.
+
+    The source chooses the SOP Class: an archive that speaks Study Root only is
+    asked a ``PATIENT`` level question at ``STUDY`` level and the answers are
+    collapsed to one per patient.
+    """
+
+    level: Level
+    identifier: Identifier
+    interactive: bool = True
+
+
+@dataclass(slots=True)
+class RetrieveProgress:
+    """What a source says of a retrieve under way; counts may lie (D6)."""
+
+    remaining: int | None = None
+    completed: int = 0
+    failed: int = 0
+    warning: int = 0
+    final: bool = False
+    status: int = 0xFF00
+    failed_sop_instance_uids: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class RetrieveOrder:
+    """What one retrieve operation asks of a source.
+
+    ``last_activity`` is the loop time at which bytes of this order last
+    arrived; whoever receives them sets it, the source's stall deadline reads it.
+    ``sop_classes`` are those expected (from the manifest), for C-GET's contexts.
+    """
+
+    level: Level
+    study_instance_uids: tuple[str, ...]
+    series_instance_uids: tuple[str, ...] = ()
+    sop_instance_uids: tuple[str, ...] = ()
+    patient_id: str = ""
+    sop_classes: tuple[str, ...] = ()
+    last_activity: float = 0.0
+    arrived: int = 0
+
+
+class Source(Protocol):
+    """An archive that can be asked for matches and for instances."""
+
+    @property
+    def name(self) -> str: ...
+
+    def find(self, query: SourceQuery) -> AsyncIterator[Identifier]:
+        """Yield matches as they arrive, at most the source's cap.
+
+        Closing the iterator sends C-CANCEL. Every wait has a deadline.
+
+        Raises:
+            SourceError: the exchange failed; what was yielded before holds.
+        """
+        ...
+
+    def retrieve(self, order: RetrieveOrder) -> AsyncIterator[RetrieveProgress]:
+        """Have instances sent to our Storage SCP; yield progress, the last one final.
+
+        Closing the iterator cancels at the source.
+
+        Raises:
+            SourceError: no final response came.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LocalAnswer:
+    """One C-FIND response of the local PACS, its identifier still as bytes.
+
+    ``status`` is the DIMSE status; pending answers carry ``data`` encoded in
+    ``transfer_syntax_uid``. The last answer is not pending and may carry the
+    PACS's Error Comment, which is relayed and never logged.
+    """
+
+    status: int
+    data: bytes = b""
+    transfer_syntax_uid: str = ""
+    error_comment: str = ""
+
+    @property
+    def pending(self) -> bool:
+        return self.status in (0xFF00, 0xFF01)
+
+
+class LocalArchive(Protocol):
+    """The local PACS as a workstation would talk to it."""
+
+    def find(
+        self,
+        sop_class_uid: str,
+        transfer_syntax_uid: str,
+        data: bytes,
+        *,
+        calling_ae_title: str,
+        priority: int = 0,
+    ) -> AsyncIterator[LocalAnswer]:
+        """Ask with the identifier's own bytes; the last answer is final.
+
+        Raises:
+            SourceError: the PACS is unreachable, refused, silent or broken.
+        """
+        ...
+
+
+# ----------------------------------------------------------------------- cache
+
+
+@dataclass(frozen=True, slots=True)
+class CachedInstance:
+    """One whole instance in the store. ``size`` counts data set bytes only."""
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    study_instance_uid: str
+    series_instance_uid: str
+    transfer_syntax_uid: str
+    source: str
+    file_name: str
+    data_set_offset: int
+    size: int
+    crc32: int
+
+
+class Refused(Exception):
+    """An arriving instance was not let in; ``reason`` is a log-safe word."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+class StoreFull(Exception):
+    """No room for an instance: disk full and the memory spool used up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Outcome of a commit. ``instance`` is the one the store holds.
+
+    ``duplicate``: the same bytes were already held. ``conflict``: another
+    content is held under the same SOP Instance UID, and was kept.
+    """
+
+    instance: CachedInstance
+    duplicate: bool = False
+    conflict: bool = False
+
+
+class StudyLease(Protocol):
+    """A study in use: it is not evicted until :meth:`release` (counted)."""
+
+    @property
+    def study_instance_uid(self) -> str: ...
+
+    @property
+    def instances(self) -> Mapping[str, CachedInstance]:
+        """Whole instances by SOP Instance UID; live."""
+        ...
+
+    @property
+    def complete(self) -> bool: ...
+
+    async def set_complete(self, complete: bool) -> None: ...
+
+    async def remove(self, sop_instance_uids: Sequence[str]) -> None:
+        """Drop instances: they are no longer served, their bytes are freed."""
+        ...
+
+    def touch(self) -> None:
+        """Count as used now; saved on release."""
+        ...
+
+    def release(self) -> None: ...
+
+
+Admit = Callable[[InstanceHeader], StudyLease]
+"""Decides, in the writer thread, where an instance belongs; raises Refused."""
+
+
+class InstanceWriter(Protocol):
+    """One arriving instance. Used from the event loop."""
+
+    def write(self, segments: Sequence[memoryview], release: Callable[[], None]) -> None:
+        """Queue bytes in order. *release* is called on the loop when they are no longer needed."""
+        ...
+
+    async def commit(self, admit: Admit) -> Stored:
+        """Read the header, ask *admit*, and make the instance exist.
+
+        Raises:
+            Refused: *admit* said no, or the header cannot be read, or
+                contradicts the SOP Class and Instance UID of the command.
+            StoreFull: no room.
+        """
+        ...
+
+    def discard(self) -> None:
+        """Forget what was written; for an aborted or refused transfer."""
+        ...
+
+
+class InstanceReader(Protocol):
+    """An open instance; its data set bytes are 0..size."""
+
+    @property
+    def size(self) -> int: ...
+
+    async def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Fill *buffers* in order from data set byte *offset*, off the loop; bytes read."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class InstanceStore(Protocol):
+    """The bounded cache of instances, grouped by study (D9)."""
+
+    async def lease(self, study_instance_uid: str) -> StudyLease:
+        """Open a study for use, creating it empty if it is not held."""
+        ...
+
+    async def drop(self, study_instance_uid: str) -> None:
+        """Forget a study, even if leased: its instances are no longer served."""
+        ...
+
+    def receive(
+        self, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str, source: str
+    ) -> InstanceWriter: ...
+
+    async def open(self, instance: CachedInstance) -> InstanceReader:
+        """Raises FileNotFoundError or Refused("damaged") if it is no longer whole."""
+        ...
+
+
+# ---------------------------------------------------------------- destinations
+
+
+@dataclass(frozen=True, slots=True)
+class Originator:
+    """Who asked for a delivery: (0000,1030) and (0000,1031) of each C-STORE-RQ."""
+
+    ae_title: str
+    message_id: int
+    priority: int = 0
+
+
+class Delivered(StrEnum):
+    """What became of one instance at its destination."""
+
+    COMPLETED = "completed"
+    WARNING = "warning"
+    FAILED = "failed"
+
+
+class DestinationError(Exception):
+    """The destination cannot be reached any more; nothing further is delivered."""
+
+    def __init__(self, failure: Failure, detail: str = "") -> None:
+        self.failure = failure
+        self.detail = detail
+        super().__init__(f"{failure} {detail}".strip())
+
+
+class Destination(Protocol):
+    """One delivery's way to one application entity."""
+
+    async def deliver(self, instance: CachedInstance, reader: InstanceReader) -> Delivered:
+        """Send one instance and wait for its C-STORE-RSP.
+
+        Raises:
+            DestinationError: the destination is lost for good.
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+
+# -------------------------------------------------------------------- locations
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A study was seen at a source, under that patient ID."""
+
+    study_instance_uid: str
+    source: str
+    patient_id: str
+
+
+class Locations(Protocol):
+    """Where each study was seen; survives a restart."""
+
+    async def find(self, study_instance_uid: str) -> tuple[Location, ...]:
+        """Every known holder, in no order; empty if the study was never seen."""
+        ...
+
+    def remember(self, locations: Sequence[Location]) -> None:
+        """Add or refresh; visible to find at once, written behind."""
+        ...
+
+    def forget(self, study_instance_uid: str, source: str) -> None: ...
+
+
+# ------------------------------------------------------------------------ audit
+
+
+@dataclass(frozen=True, slots=True)
+class AuditEvent:
+    """One disclosure or refusal (DICOM PS3.15 A.5 in spirit; a durable file today).
+
+    ``event`` is ``query`` or ``disclosure``; ``outcome`` is ``success``,
+    ``partial``, ``failure`` or ``cancelled``. This record, unlike logs, names
+    the patient where the request did.
+    """
+
+    event: str
+    outcome: str
+    caller_ae_title: str
+    peer_address: str
+    source: str
+    operation_id: str
+    destination_ae_title: str = ""
+    level: str = ""
+    root: str = ""
+    patient_id: str = ""
+    study_instance_uids: tuple[str, ...] = ()
+    instances: int = 0
+    failed: int = 0
+    status: int | None = None
+    detail: str = ""
+    at: datetime | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Audit(Protocol):
+    """The durable record of disclosures."""
+
+    async def record(self, *events: AuditEvent) -> None:
+        """Return once the events are on disk. Never raises: a failing disk is
+        logged loudly (``audit_failed``) and clinical traffic goes on."""
+        ...
+
+
