@@ -250,11 +250,21 @@ def _allowed(key: str, value: Any) -> bool:
 
 
 def _plain(key: str, value: Any) -> Any:
-    """Return *value* as plain JSON: scalars, or a list of them.
+    """Return *value* as plain JSON: a scalar, or a list of scalars.
 
     Raises:
         TypeError: it is something else, and its text could say anything.
     """
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        return _scalar(key, value)
+    items = sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+    shown = [_scalar(key, item) for item in items[:_LONGEST_LIST]]
+    if len(items) > _LONGEST_LIST:
+        shown.append(f"+{len(items) - _LONGEST_LIST} more")
+    return shown
+
+
+def _scalar(key: str, value: Any) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -266,12 +276,6 @@ def _plain(key: str, value: Any) -> Any:
         if key.endswith(("_uid", "_uids")) and not _UID.fullmatch(value):
             return "(not a UID)"  # a peer may have put anything there
         return _text(value)
-    if isinstance(value, (list, tuple, set, frozenset)):
-        items = sorted(value) if isinstance(value, (set, frozenset)) else list(value)
-        shown = [_plain(key, item) for item in items[:_LONGEST_LIST]]
-        if len(items) > _LONGEST_LIST:
-            shown.append(f"+{len(items) - _LONGEST_LIST} more")
-        return shown
     raise TypeError
 
 
