@@ -1,0 +1,1 @@
+"""Data sets as bytes: identifiers, headers, levels and character sets. Pure, no I/O."""

@@ -1,0 +1,1 @@
+"""C-FIND: who is asked, which answers match, and how they become one answer."""
