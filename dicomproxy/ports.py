@@ -24,6 +24,29 @@ LOCAL = "local"
 """The source name under which the local PACS appears everywhere."""
 
 
+# --------------------------------------------------------------------- callers
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, and what the site allows and wants for them.
+
+    ``sources`` are the names this caller may see, in order of precedence. A
+    caller that ``is_source`` itself is answered from the local PACS alone, so
+    that two proxies facing each other cannot loop (D15). ``charset`` are the
+    defined terms its answers are written in, none for whatever fits.
+    """
+
+    ae_title: str
+    peer_address: str = ""
+    called_ae_title: str = ""
+    sources: tuple[str, ...] = ()
+    is_source: bool = False
+    query_budget_seconds: float = 5.0
+    availability: str = "NEARLINE"
+    charset: tuple[str, ...] = ()
+
+
 # --------------------------------------------------------------------- sources
 
 
@@ -173,6 +196,25 @@ class LocalArchive(Protocol):
         """
         ...
 
+    def move(
+        self,
+        order: RetrieveOrder,
+        *,
+        destination_ae_title: str,
+        calling_ae_title: str,
+        message_id: int,
+        priority: int = 0,
+    ) -> AsyncIterator[RetrieveProgress]:
+        """Have the PACS itself send to a workstation; its progress, the last one final.
+
+        Asked with the workstation's calling title and Message ID, so that the
+        PACS names them as Move Originator. Closing the iterator sends C-CANCEL.
+
+        Raises:
+            SourceError: no final response came.
+        """
+        ...
+
 
 # ----------------------------------------------------------------------- cache
 
@@ -304,6 +346,37 @@ class InstanceStore(Protocol):
         ...
 
 
+# -------------------------------------------------------------------- arrivals
+
+
+class Arrival(Protocol):
+    """One instance on its way in. Used from the event loop."""
+
+    def write(self, segments: Sequence[memoryview], release: Callable[[], None]) -> None:
+        """As :meth:`InstanceWriter.write`."""
+        ...
+
+    async def finish(self) -> int:
+        """Let the instance exist if it belongs to a flight; the C-STORE-RSP's status. Never raises."""
+        ...
+
+    def discard(self) -> None:
+        """Forget it: the transfer was aborted."""
+        ...
+
+
+class Arrivals(Protocol):
+    """Where instances go that sources send, whether by C-STORE or within a C-GET (D14)."""
+
+    def source_for(self, candidates: Sequence[str]) -> str | None:
+        """Return which of the sources that a sender may be is being retrieved from."""
+        ...
+
+    def receive(
+        self, source: str, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str
+    ) -> Arrival: ...
+
+
 # ---------------------------------------------------------------- destinations
 
 
@@ -411,5 +484,3 @@ class Audit(Protocol):
         """Return once the events are on disk. Never raises: a failing disk is
         logged loudly (``audit_failed``) and clinical traffic goes on."""
         ...
-
-

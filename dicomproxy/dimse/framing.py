@@ -122,9 +122,7 @@ class Framer:
                     self._header.clear()
                 if self._pdu_left:
                     if self._start_pdv(raw):
-                        yield Fragment(
-                            self._context_id, bool(self._control & 1), True, data[at:at]
-                        )
+                        yield Fragment(self._context_id, bool(self._control & 1), True, data[at:at])
                 else:
                     self._start_pdu(raw)
 
@@ -138,9 +136,7 @@ class Framer:
             self._pdu_left = length
             return
         if pdu_type not in PduType._value2member_map_:
-            raise ProtocolError(
-                f"unknown PDU type 0x{pdu_type:02X}", AbortReason.UNRECOGNIZED_PDU
-            )
+            raise ProtocolError(f"unknown PDU type 0x{pdu_type:02X}", AbortReason.UNRECOGNIZED_PDU)
         associate = pdu_type in (PduType.ASSOCIATE_RQ, PduType.ASSOCIATE_AC)
         if length > (MAX_ASSOCIATE_BYTES if associate else _FIXED_LIMIT):
             raise ProtocolError("PDU longer than its limit")

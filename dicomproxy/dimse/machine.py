@@ -164,9 +164,7 @@ TABLE: Final = MappingProxyType(
             (13, _A.AA_6),
         ),
         Event.RELEASE_RESPONSE: _row((8, _A.AR_4), (9, _A.AR_9), (12, _A.AR_4)),
-        Event.ABORT_REQUEST: _row(
-            (3, _A.AA_1), (4, _A.AA_2), (5, _A.AA_1), rest=(_MID, _A.AA_1)
-        ),
+        Event.ABORT_REQUEST: _row((3, _A.AA_1), (4, _A.AA_2), (5, _A.AA_1), rest=(_MID, _A.AA_1)),
         Event.ABORT_PDU: _row(
             (2, _A.AA_2), (3, _A.AA_3), (5, _A.AA_3), (13, _A.AA_2), rest=(_MID, _A.AA_3)
         ),

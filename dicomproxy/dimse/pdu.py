@@ -46,9 +46,7 @@ class AbortReason(IntEnum):
 class ProtocolError(Exception):
     """The peer broke the protocol; answered by A-ABORT with *reason* (PS3.8 9.3.8)."""
 
-    def __init__(
-        self, message: str, reason: AbortReason = AbortReason.INVALID_PARAMETER
-    ) -> None:
+    def __init__(self, message: str, reason: AbortReason = AbortReason.INVALID_PARAMETER) -> None:
         self.reason = reason
         super().__init__(message)
 
@@ -200,7 +198,9 @@ class Abort:
     reason: int
 
 
-Pdu = AssociateRequest | AssociateAccept | AssociateReject | ReleaseRequest | ReleaseResponse | Abort
+Pdu = (
+    AssociateRequest | AssociateAccept | AssociateReject | ReleaseRequest | ReleaseResponse | Abort
+)
 
 RELEASE_RQ_BYTES: Final = struct.pack(">BxL4x", PduType.RELEASE_RQ, 4)
 RELEASE_RP_BYTES: Final = struct.pack(">BxL4x", PduType.RELEASE_RP, 4)

@@ -8,14 +8,12 @@ is tried again later.
 
 from __future__ import annotations
 
-import os
 import sqlite3
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from dicomproxy.logs import error_fields, get_logger
+from dicomproxy.logs import get_logger
 from dicomproxy.ports import Location
 
 FILE_NAME: Final = "state.sqlite3"
