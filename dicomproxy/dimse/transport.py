@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 from dicomproxy.dimse.blocks import Block, BlockPool
 from dicomproxy.dimse.framing import Fragment, Framer
@@ -27,6 +27,7 @@ from dicomproxy.dimse.machine import (
     Indicate,
     Send,
     StartArtim,
+    State,
     StopArtim,
 )
 from dicomproxy.dimse.pdu import Pdu, ProtocolError
@@ -102,16 +103,17 @@ class AssociationProtocol(asyncio.BufferedProtocol):
         self._writable = asyncio.Event()
         self._writable.set()
         self.lost = False
+        self.drop_at_once = False
+        """Set before the connection is made: there are too many already."""
 
     # ------------------------------------------------------ asyncio callbacks
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)
         # Zero: "writable" then means that the kernel has everything, so that
         # a block that was written may be reused.
-        transport.set_write_buffer_limits(high=0)
-        self._socket = _options_socket(transport)
+        self.transport.set_write_buffer_limits(high=0)
+        self._socket = _options_socket(self.transport)
         if self._socket is not None:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if _QUICKACK is not None:
@@ -122,6 +124,8 @@ class AssociationProtocol(asyncio.BufferedProtocol):
         self.last_received = self._loop.time()
         self._watch = self._loop.call_later(self._stall_seconds, self._check_stall)
         self._listener.connected()
+        if self.drop_at_once:
+            self.transport.abort()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         block = self._block
@@ -147,9 +151,9 @@ class AssociationProtocol(asyncio.BufferedProtocol):
         self.last_received = self._loop.time()
         block = self._block
         if block is None:
-            assert self._spare is not None
-            self._parse(self._spare[:size])
-            self._listener.flush()
+            if self._spare is not None:
+                self._parse(self._spare[:size])
+                self._listener.flush()
             return
         data = block.view[self._fill : self._fill + size]
         self._fill += size
@@ -229,12 +233,14 @@ class AssociationProtocol(asyncio.BufferedProtocol):
                         self._listener.fragment(effect.fragment)
                     else:
                         self._perform((effect,))
+                if self.machine.state == State.STA1:
+                    return  # over; what follows a peer's abort is nobody's
         except ProtocolError as error:
             self.protocol_error(error)
 
     def protocol_error(self, error: ProtocolError) -> None:
         """Answer what the peer broke by A-ABORT (provider) and say so once."""
-        if self.machine.state == 13:  # already ended; what still comes is of no interest
+        if self._is_over():  # already ended; what still comes is of no interest
             return
         _log.warning(
             "protocol_error",
@@ -243,9 +249,12 @@ class AssociationProtocol(asyncio.BufferedProtocol):
             reason=str(error),
         )
         self._perform(self.machine.received_invalid(error.reason))
-        if self.machine.state == 13:
+        if self._is_over():
             # Nothing more is read from a peer that does not speak the protocol.
             self.pause()
+
+    def _is_over(self) -> bool:
+        return self.machine.state is State.STA13
 
     def _leave_block(self) -> None:
         block, self._block = self._block, None
@@ -297,16 +306,26 @@ class AssociationProtocol(asyncio.BufferedProtocol):
             self.sent_bytes += len(data)
             self.transport.write(data)
 
-    async def drained(self, timeout_seconds: float) -> bool:
-        """Wait until the kernel has everything; false if the deadline passed."""
-        if self._writable.is_set():
-            return True
-        try:
-            async with asyncio.timeout(timeout_seconds):
-                await self._writable.wait()
-        except TimeoutError:
-            return False
+    @property
+    def writable(self) -> bool:
+        """Whether the kernel has everything that was written."""
+        return self._writable.is_set()
+
+    async def drained(self, stall_seconds: float) -> bool:
+        """Wait until the kernel has everything; false if nothing was taken for so long."""
+        while not self._writable.is_set():
+            unsent = self._unsent_bytes
+            try:
+                async with asyncio.timeout(stall_seconds):
+                    await self._writable.wait()
+            except TimeoutError:
+                if self._unsent_bytes >= unsent:
+                    return False
         return True
+
+    @property
+    def _unsent_bytes(self) -> int:
+        return self.transport.get_write_buffer_size() if self.transport is not None else 0
 
     # ---------------------------------------------------------------- effects
 
