@@ -91,12 +91,14 @@ class SourceQuery:
 
     The source chooses the SOP Class: an archive that speaks Study Root only is
     asked a ``PATIENT`` level question at ``STUDY`` level and the answers are
-    collapsed to one per patient.
+    collapsed to one per patient. ``max_matches`` replaces the source's cap on
+    rows, for listings that are worthless if cut.
     """
 
     level: Level
     identifier: Identifier
     interactive: bool = True
+    max_matches: int | None = None
 
 
 @dataclass(slots=True)
@@ -343,6 +345,14 @@ class InstanceStore(Protocol):
 
     async def open(self, instance: CachedInstance) -> InstanceReader:
         """Raises FileNotFoundError or Refused("damaged") if it is no longer whole."""
+        ...
+
+    def count_hits(self, count: int) -> None:
+        """Count instances that were wanted and held."""
+        ...
+
+    def count_misses(self, count: int) -> None:
+        """Count instances that were wanted and had to be fetched."""
         ...
 
 

@@ -1,0 +1,19 @@
+"""Studies fetched from their holders and delivered to those who asked.
+
+A *flight* fetches one study into the store, once, for however many want it; a
+*delivery* sends to one destination what the flight brings, as it comes. They
+meet in the store, so that a slow workstation never holds up a source::
+
+    coordinator   one C-MOVE or C-GET from its identifier to its final status
+      request     what was asked for; pure
+      locate      which archives hold it
+      delivery    from the store to one destination
+      tally       counts and the final status; pure
+    flights       the flights under way, and what failed lately
+      flight      one study: what is held, who waits for it
+      leg         one study at one holder: what it lists, what is claimed, orders
+      manifest    which instances a holder says exist
+      batches     what is missing, as orders; pure
+      selection   a study, some series or some instances; pure
+    arrivals      the door through which sources' instances come in
+"""

@@ -1,0 +1,108 @@
+"""What is missing of a study, as orders to its holder. Pure.
+
+The fewest orders that ask for nothing twice: the study where all of it is
+missing, a series where all of that is, otherwise instances by lists of UIDs
+within one series (PS3.4 C.4.2.1.4.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Final
+
+from dicomproxy.dataset.levels import Level
+from dicomproxy.ports import RetrieveOrder
+from dicomproxy.retrieval.selection import Selection
+
+MAX_UIDS: Final = 100
+"""How many instances one order names: archives put them into one database query."""
+
+
+def orders_for_missing(
+    study_instance_uid: str,
+    missing: Mapping[str, Collection[str]],
+    listed: Mapping[str, Mapping[str, str]],
+    *,
+    patient_id: str = "",
+    finest: Level = Level.IMAGE,
+) -> list[RetrieveOrder]:
+    """Return orders that together ask for *missing*, and for nothing else if *finest* allows.
+
+    Args:
+        study_instance_uid: the study.
+        missing: SOP Instance UIDs by Series Instance UID; series may be unlisted.
+        listed: everything the holder has: series to SOP Instance UIDs to SOP
+            Class UIDs (empty where unknown).
+        patient_id: for holders that want it with every order.
+        finest: the lowest level that this holder can be asked at.
+    """
+    wanted = {series: list(dict.fromkeys(uids)) for series, uids in missing.items() if uids}
+    if not wanted:
+        return []
+    whole = {series for series, uids in wanted.items() if set(uids) == set(listed.get(series, ()))}
+    everything = {series for series, uids in listed.items() if uids}
+    if finest is Level.STUDY or (whole == everything and len(wanted) == len(whole)):
+        classes = _classes(uids for uids in listed.values())
+        return [_order(Level.STUDY, study_instance_uid, patient_id, classes)]
+    orders = []
+    for series, uids in wanted.items():
+        known = listed.get(series, {})
+        if series in whole or finest is Level.SERIES:
+            classes = _classes([known])
+            orders.append(_order(Level.SERIES, study_instance_uid, patient_id, classes, (series,)))
+            continue
+        for start in range(0, len(uids), MAX_UIDS):
+            batch = tuple(uids[start : start + MAX_UIDS])
+            classes = _classes([{uid: known.get(uid, "") for uid in batch}])
+            orders.append(
+                _order(Level.IMAGE, study_instance_uid, patient_id, classes, (series,), batch)
+            )
+    return orders
+
+
+def orders_for_selection(
+    study_instance_uid: str, selection: Selection, *, patient_id: str = ""
+) -> list[RetrieveOrder]:
+    """Return orders for *selection* as it stands, what the holder has not being known.
+
+    None where instances are asked for whose one series is not known.
+    """
+    series = sorted(selection.series_instance_uids)
+    if selection.level is Level.STUDY:
+        return [_order(Level.STUDY, study_instance_uid, patient_id, ())]
+    if selection.level is Level.SERIES:
+        return [
+            _order(Level.SERIES, study_instance_uid, patient_id, (), (series_uid,))
+            for series_uid in series
+        ]
+    if len(series) != 1:
+        return []
+    missing = {series[0]: sorted(selection.sop_instance_uids)}
+    # An unlisted instance more, so that no list counts as a whole series.
+    return orders_for_missing(
+        study_instance_uid, missing, {series[0]: {"": ""}}, patient_id=patient_id
+    )
+
+
+def _order(
+    level: Level,
+    study_instance_uid: str,
+    patient_id: str,
+    sop_classes: tuple[str, ...],
+    series: tuple[str, ...] = (),
+    instances: tuple[str, ...] = (),
+) -> RetrieveOrder:
+    return RetrieveOrder(
+        level=level,
+        study_instance_uids=(study_instance_uid,),
+        series_instance_uids=series,
+        sop_instance_uids=instances,
+        patient_id=patient_id,
+        sop_classes=sop_classes,
+    )
+
+
+def _classes(listings: Iterable[Mapping[str, str]]) -> tuple[str, ...]:
+    """Return the SOP Classes of several listings, each once, unknown ones left out."""
+    found = {sop_class: None for listing in listings for sop_class in listing.values()}
+    return tuple(sop_class for sop_class in found if sop_class)
