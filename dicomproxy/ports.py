@@ -10,7 +10,7 @@ studies were seen (:class:`Locations`) and the disclosure record
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -92,12 +92,13 @@ class SourceQuery:
     The source chooses the SOP Class: an archive that speaks Study Root only is
     asked a ``PATIENT`` level question at ``STUDY`` level and the answers are
     collapsed to one per patient. ``max_matches`` replaces the source's cap on
-    rows, for listings that are worthless if cut.
+    rows, for listings that are worthless if cut. ``interactive``: somebody
+    waits for this very archive, so that it may be tried although its breaker is open.
     """
 
     level: Level
     identifier: Identifier
-    interactive: bool = True
+    interactive: bool = False
     max_matches: int | None = None
 
 
@@ -139,7 +140,7 @@ class Source(Protocol):
     @property
     def name(self) -> str: ...
 
-    def find(self, query: SourceQuery) -> AsyncIterator[Identifier]:
+    def find(self, query: SourceQuery) -> AsyncGenerator[Identifier, None]:
         """Yield matches as they arrive, at most the source's cap.
 
         Closing the iterator sends C-CANCEL. Every wait has a deadline.
@@ -149,7 +150,7 @@ class Source(Protocol):
         """
         ...
 
-    def retrieve(self, order: RetrieveOrder) -> AsyncIterator[RetrieveProgress]:
+    def retrieve(self, order: RetrieveOrder) -> AsyncGenerator[RetrieveProgress, None]:
         """Have instances sent to our Storage SCP; yield progress, the last one final.
 
         Closing the iterator cancels at the source.
@@ -190,7 +191,7 @@ class LocalArchive(Protocol):
         *,
         calling_ae_title: str,
         priority: int = 0,
-    ) -> AsyncIterator[LocalAnswer]:
+    ) -> AsyncGenerator[LocalAnswer, None]:
         """Ask with the identifier's own bytes; the last answer is final.
 
         Raises:
@@ -206,7 +207,7 @@ class LocalArchive(Protocol):
         calling_ae_title: str,
         message_id: int,
         priority: int = 0,
-    ) -> AsyncIterator[RetrieveProgress]:
+    ) -> AsyncGenerator[RetrieveProgress, None]:
         """Have the PACS itself send to a workstation; its progress, the last one final.
 
         Asked with the workstation's calling title and Message ID, so that the

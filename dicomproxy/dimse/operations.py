@@ -8,7 +8,7 @@ broke. Async generators here must be closed by the caller (``aclosing``).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -89,7 +89,7 @@ async def exchange(
     *,
     timeout_seconds: Callable[[], float],
     incoming: Incoming | None = None,
-) -> AsyncIterator[Response]:
+) -> AsyncGenerator[Response, None]:
     """Send a request and yield its responses, the last one not pending.
 
     Args:

@@ -1,0 +1,1 @@
+"""Edge: the archives we ask, and how each of them wants to be asked."""
