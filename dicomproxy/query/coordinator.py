@@ -1,0 +1,601 @@
+"""Puts one C-FIND to the local PACS and to the sources, and merges what comes.
+
+Rules kept: the local PACS never waits for anybody and its rows are passed on
+the moment they arrive; a source costs at most the caller's budget; the query
+ends as the local PACS ended it. A source that is too late goes on being
+listened to up to its own deadline, since where it saw a study serves the next
+query.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Final, TypeVar
+
+from prometheus_client import Counter, Histogram
+
+from dicomproxy.dataset.identifier import Identifier, IdentifierError
+from dicomproxy.dataset.levels import PATIENT_ID, STUDY_INSTANCE_UID, Level, Root
+from dicomproxy.logs import error_fields, get_logger
+from dicomproxy.ports import (
+    LOCAL,
+    Audit,
+    AuditEvent,
+    Caller,
+    Failure,
+    LocalAnswer,
+    LocalArchive,
+    Location,
+    Locations,
+    Source,
+    SourceError,
+)
+from dicomproxy.query.merge import Merge, Verdict
+from dicomproxy.query.plan import QueryRefused, QueryRequest, SourceLeg, plan, validate
+from dicomproxy.query.rows import Answer, Style
+from dicomproxy.tasks import OwnerClosed, TaskOwner
+
+__all__ = ["Answer", "QueryCoordinator", "QuerySummary"]
+
+SUCCESS: Final = 0x0000
+UNABLE_TO_PROCESS: Final = 0xC000
+LOCAL_FAILED: Final = 0xC001
+"""The final status where the local PACS gave none."""
+
+_MAX_LEGS: Final = 256  # asked at the same time, over all queries
+_MAX_LATE_LEGS: Final = 32  # listened to after their query has ended
+_LEG_SECONDS: Final = 60.0  # a backstop: a source has its own deadlines
+_LOCATE_SECONDS: Final = 1.0  # what the memory of locations may cost
+_WIND_UP_SECONDS: Final = 5.0  # for a leg that was told to end
+_MAX_WAITING_LOCAL_ROWS: Final = 32
+_LOCATIONS_AT_ONCE: Final = 100
+_MAX_STUDIES_LOCATED: Final = 100
+
+_log = get_logger()
+
+_SECONDS = Histogram(
+    "dicomproxy_source_query_seconds",
+    "How long a source took to answer a query, failures included.",
+    ["source"],
+    buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30),
+)
+_FAILURES = Counter(
+    "dicomproxy_source_query_failures_total",
+    "Queries that a source did not answer, by reason.",
+    ["source", "failure"],
+)
+_WITHHELD = Counter(
+    "dicomproxy_source_rows_withheld_total",
+    "Rows of a source that were about another patient than the one asked for.",
+    ["source"],
+)
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class QuerySummary:
+    """What became of one query, for its log line; filled while it runs.
+
+    ``local_only`` says in a word why no source was asked.
+    """
+
+    root: str = ""
+    query_level: str = ""
+    local_matches: int = 0
+    remote_matches: int = 0
+    duplicates: int = 0
+    withheld: int = 0
+    sources: tuple[str, ...] = ()
+    failed_sources: tuple[str, ...] = ()
+    local_only: str = ""
+    local_failed: bool = False
+    status: int | None = None
+
+
+@dataclass(slots=True)
+class _Leg:
+    """One source within one query."""
+
+    plan: SourceLeg
+    started: float
+    task: asyncio.Task[None] | None = None
+    rows: int = 0
+    verdicts: dict[Verdict, int] = field(default_factory=dict)
+    done: bool = False
+    asked: bool = True  # false if it never left the house
+    failure: Failure | None = None
+    status: int | None = None
+    late: bool = False
+
+    @property
+    def source(self) -> str:
+        return self.plan.source
+
+    def outcome(self) -> str:
+        if self.failure is None:
+            return "success" if self.done else "cancelled"
+        return "partial" if self.rows else "failure"
+
+
+class _Query:
+    """What the tasks of one operation share; used on the loop only."""
+
+    def __init__(
+        self,
+        request: QueryRequest,
+        caller: Caller,
+        operation_id: str,
+        merge: Merge,
+        summary: QuerySummary,
+    ) -> None:
+        self.request = request
+        self.caller = caller
+        self.operation_id = operation_id
+        self.merge = merge
+        self.summary = summary
+        self.open = True
+        self.planned = False
+        self.legs: list[_Leg] = []
+        self.known: Mapping[str, tuple[Location, ...]] = {}
+        self.local_rows: deque[LocalAnswer] = deque()
+        self.local_done = False
+        self.local_final: LocalAnswer | None = None
+        self.changed = asyncio.Event()
+        self.room = asyncio.Event()
+
+    @property
+    def sources_done(self) -> bool:
+        return self.planned and all(leg.done for leg in self.legs)
+
+
+class QueryCoordinator:
+    """Answers the queries of workstations.
+
+    Args:
+        local: the local PACS.
+        sources: the archives of the region by name, in order of precedence.
+        locations: where studies were seen.
+        audit: where each question that leaves the house is recorded.
+        local_query_timeout_seconds: how long remote rows are held for the local
+            PACS at most; it may answer later all the same.
+        cached: tells whether a study is held completely in the cache.
+    """
+
+    def __init__(
+        self,
+        local: LocalArchive,
+        sources: Mapping[str, Source],
+        locations: Locations,
+        audit: Audit,
+        local_query_timeout_seconds: float,
+        cached: Callable[[str], bool],
+    ) -> None:
+        self._local = local
+        self._sources = sources
+        self._locations = locations
+        self._audit = audit
+        self._local_query_timeout_seconds = local_query_timeout_seconds
+        self._cached = cached
+        self._tasks = TaskOwner("query")
+        self._legs = 0
+        self._late_legs = 0
+
+    def __repr__(self) -> str:
+        return f"<QueryCoordinator {self._legs} legs, {self._late_legs} late>"
+
+    async def close(self) -> None:
+        """End every leg, late ones included."""
+        await self._tasks.close()
+
+    async def wait_idle(self) -> None:
+        """Return once nothing is being asked, late legs included."""
+        await self._tasks.wait_idle()
+
+    async def find(
+        self,
+        *,
+        sop_class_uid: str,
+        root: Root,
+        transfer_syntax_uid: str,
+        data: bytes,
+        caller: Caller,
+        operation_id: str,
+        local_calling_ae_title: str,
+        priority: int = 0,
+        summary: QuerySummary | None = None,
+    ) -> AsyncIterator[Answer]:
+        """Yield the answers to one C-FIND, the last one final (PS3.4 C.4.1).
+
+        Closing the iterator before its last answer cancels: the local PACS is
+        sent a C-CANCEL and so is every source. It must be closed in either case
+        (``aclosing``), and never raises for what a peer does.
+
+        Args:
+            sop_class_uid: of the request, with which the local PACS is asked.
+            root: the information model of *sop_class_uid*.
+            transfer_syntax_uid: of *data* and of every answer.
+            data: the identifier as it came.
+            caller: who asks.
+            operation_id: for log and audit.
+            local_calling_ae_title: as whom the local PACS is asked.
+            priority: of the request.
+            summary: filled while the query runs.
+        """
+        summary = QuerySummary() if summary is None else summary
+        summary.root = root.value
+        try:
+            request = validate(root, Identifier.decode(data, transfer_syntax_uid))
+        except IdentifierError:
+            _log.warning(
+                "protocol_error", operation_id=operation_id, reason="unreadable_identifier"
+            )
+            summary.status = UNABLE_TO_PROCESS
+            yield Answer(UNABLE_TO_PROCESS, error_comment="Identifier cannot be read")
+            return
+        except QueryRefused as refused:
+            summary.status = refused.status
+            element = refused.offending_element
+            yield Answer(
+                refused.status,
+                error_comment=refused.comment,
+                offending_element=() if element is None else (element,),
+            )
+            return
+        summary.query_level = request.level.value
+        style = Style(request, transfer_syntax_uid, caller.called_ae_title, caller.charset)
+        merge = Merge(style, caller.availability, self._cached)
+        query = _Query(request, caller, operation_id, merge, summary)
+        local = self._local.find(
+            sop_class_uid,
+            transfer_syntax_uid,
+            data,
+            calling_ae_title=local_calling_ae_title,
+            priority=priority,
+        )
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            tasks.append(self._tasks.spawn(self._ask_local(query, local), name="local"))
+            tasks.append(self._tasks.spawn(self._fan_out(query), name="fan_out"))
+            async with aclosing(self._merged(query)) as merged:
+                async for answer in merged:
+                    yield answer
+            await self._record(query)
+            final = self._final(query)
+            summary.status = final.status
+            yield final
+        finally:
+            await self._end(query, tasks)
+
+    # ---------------------------------------------------------------- merging
+
+    async def _merged(self, query: _Query) -> AsyncGenerator[Answer, None]:
+        """Yield pending answers until the local PACS has ended and so have sources, or time."""
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        release_at = started + self._local_query_timeout_seconds
+        end_at = started + query.caller.query_budget_seconds
+        located: list[Location] = []
+        while True:
+            query.changed.clear()
+            while query.local_rows:
+                if (answer := self._take_local(query, located)) is not None:
+                    query.summary.local_matches += 1
+                    yield answer
+            self._flush(located)
+            now = loop.time()
+            if query.local_done or now >= release_at:
+                for answer in query.merge.release():
+                    query.summary.remote_matches += 1
+                    yield answer
+                    if query.local_rows:
+                        break  # they go first
+            if query.local_rows or (query.merge.holding and now >= release_at):
+                continue
+            if query.local_done and (query.sources_done or now >= end_at):
+                if query.merge.holding:
+                    continue
+                return
+            # With neither, the local leg is what is waited for; its own timers end it.
+            deadline = None
+            if query.local_done:
+                deadline = end_at
+            elif now < release_at:
+                deadline = release_at
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await query.changed.wait()
+            except TimeoutError:
+                pass
+
+    def _take_local(self, query: _Query, located: list[Location]) -> Answer | None:
+        row = query.merge.local(query.local_rows.popleft())
+        query.room.set()
+        if not row.readable:
+            _log.warning(
+                "local_answer_unreadable",
+                operation_id=query.operation_id,
+                reason="relayed" if row.answer is not None else "dropped",
+            )
+        for source in row.conflicts:
+            self._report_conflict(query, row.study_instance_uid, source)
+            self._locations.forget(row.study_instance_uid, source)
+        if row.study_instance_uid:
+            patient = row.patient_id or self._patient_of(query, row.study_instance_uid, LOCAL)
+            located.append(Location(row.study_instance_uid, LOCAL, patient))
+            if len(located) >= _LOCATIONS_AT_ONCE:
+                self._flush(located)
+        return row.answer
+
+    def _flush(self, located: list[Location]) -> None:
+        if located:
+            # Below STUDY level a study is named by each of its rows.
+            self._locations.remember(list(dict.fromkeys(located)))
+            located.clear()
+
+    def _final(self, query: _Query) -> Answer:
+        query.summary.duplicates = query.merge.duplicates
+        if query.local_final is None:
+            return Answer(LOCAL_FAILED, error_comment="Local archive gave no answer")
+        return Answer(query.local_final.status, error_comment=query.local_final.error_comment)
+
+    # ------------------------------------------------------------------ local
+
+    async def _ask_local(self, query: _Query, answers: AsyncIterator[LocalAnswer]) -> None:
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        fields: dict[str, object] = {"failure": Failure.PROTOCOL.value}
+        try:
+            async with _closing(answers):
+                async for answer in answers:
+                    if not answer.pending:
+                        query.local_final = answer
+                        break
+                    while len(query.local_rows) >= _MAX_WAITING_LOCAL_ROWS:
+                        # Ended by whoever reads the answers, by going on or by closing.
+                        query.room.clear()
+                        await query.room.wait()
+                    query.local_rows.append(answer)
+                    query.changed.set()
+        except SourceError as error:
+            fields = {"failure": error.failure.value, "status": error.status}
+        except Exception as error:
+            fields |= error_fields(error)
+        finally:
+            query.local_done = True
+            query.changed.set()
+        if query.local_final is None:
+            query.summary.local_failed = True
+            _log.error(
+                "local_query_failed",
+                operation_id=query.operation_id,
+                query_level=query.request.level.value,
+                duration_seconds=loop.time() - started,
+                **fields,
+            )
+
+    # ---------------------------------------------------------------- sources
+
+    async def _fan_out(self, query: _Query) -> None:
+        """Decide who is asked, and ask; apart from the local leg, which must not wait for it."""
+        try:
+            query.known = await self._locate(query.request, query.caller)
+            decided = plan(query.request, query.caller, self._sources, query.known)
+            query.summary.local_only = decided.local_only
+            query.summary.sources = tuple(leg.source for leg in decided.legs)
+            for study, source in decided.conflicts:
+                self._report_conflict(query, study, source)
+            started = asyncio.get_running_loop().time()
+            for part in decided.legs:
+                leg = _Leg(part, started)
+                query.legs.append(leg)
+                if self._legs >= _MAX_LEGS:
+                    leg.asked = False
+                    self._failed(query, leg, Failure.BUSY)
+                    leg.done = True
+                    continue
+                self._legs += 1
+                leg.task = self._tasks.spawn(self._ask(query, leg), name=part.source)
+                leg.task.add_done_callback(lambda _task: self._leg_ended())
+        except OwnerClosed:
+            pass  # shutting down
+        finally:
+            query.planned = True
+            query.changed.set()
+
+    def _leg_ended(self) -> None:
+        self._legs -= 1
+
+    async def _locate(
+        self, request: QueryRequest, caller: Caller
+    ) -> Mapping[str, tuple[Location, ...]]:
+        """Look up the studies of a question below STUDY level; a failing memory knows nothing."""
+        if request.level not in (Level.SERIES, Level.IMAGE) or caller.is_source:
+            return {}
+        known: dict[str, tuple[Location, ...]] = {}
+        try:
+            async with asyncio.timeout(_LOCATE_SECONDS):
+                for study in request.study_instance_uids[:_MAX_STUDIES_LOCATED]:
+                    known[study] = tuple(await self._locations.find(study))
+        except Exception as error:
+            _log.warning("locations_unavailable", **error_fields(error))
+        return known
+
+    async def _ask(self, query: _Query, leg: _Leg) -> None:
+        """Put the questions of one leg to its source. Fails nobody else."""
+        source = self._sources[leg.source]
+        try:
+            async with asyncio.timeout(_LEG_SECONDS):
+                for question, study in zip(
+                    leg.plan.queries, leg.plan.study_instance_uids, strict=True
+                ):
+                    async with _closing(source.find(question)) as rows:
+                        async for row in rows:
+                            leg.rows += 1
+                            if self._take_remote(query, leg, row, study) is Verdict.TOO_MANY:
+                                break
+        except SourceError as error:
+            leg.asked = error.failure is not Failure.BREAKER
+            self._failed(query, leg, error.failure, status=error.status)
+        except TimeoutError:
+            self._failed(query, leg, Failure.TIMEOUT)
+        except Exception as error:
+            self._failed(query, leg, Failure.PROTOCOL, **error_fields(error))
+        else:
+            if leg.late:
+                _log.info("source_query_late", **self._facts(query, leg))
+        # Not reached by a leg that is cancelled: it has said nothing of its source.
+        leg.done = True
+        _SECONDS.labels(leg.source).observe(asyncio.get_running_loop().time() - leg.started)
+        self._report_dropped(query, leg)
+        query.changed.set()
+
+    def _take_remote(self, query: _Query, leg: _Leg, row: Identifier, study: str) -> Verdict:
+        verdict = query.merge.remote(leg.source, row, study)
+        leg.verdicts[verdict] = leg.verdicts.get(verdict, 0) + 1
+        seen = row.text(STUDY_INSTANCE_UID) or study
+        if verdict is Verdict.CONFLICT:
+            self._report_conflict(query, seen, leg.source)
+        elif verdict is Verdict.WITHHELD:
+            query.summary.withheld += 1
+            _WITHHELD.labels(leg.source).inc()
+        elif verdict.locates and seen:
+            patient = row.text(PATIENT_ID) or self._patient_of(query, seen, leg.source)
+            self._locations.remember([Location(seen, leg.source, patient)])
+        if query.open:
+            query.changed.set()
+        return verdict
+
+    def _patient_of(self, query: _Query, study: str, source: str) -> str:
+        """Return under which patient a study is known, for a row that does not say it."""
+        for location in query.known.get(study, ()):
+            if location.source == source and location.patient_id:
+                return location.patient_id
+        return query.request.patient_id
+
+    # -------------------------------------------------------------- reporting
+
+    def _facts(self, query: _Query, leg: _Leg) -> dict[str, object]:
+        return {
+            "source": leg.source,
+            "operation_id": query.operation_id,
+            "query_level": query.request.level.value,
+            "matches": leg.rows,
+            "duration_seconds": asyncio.get_running_loop().time() - leg.started,
+        }
+
+    def _failed(
+        self,
+        query: _Query,
+        leg: _Leg,
+        failure: Failure,
+        *,
+        status: int | None = None,
+        **fields: object,
+    ) -> None:
+        """Report a source that did not answer, once."""
+        if leg.failure is not None:
+            return
+        leg.failure, leg.status = failure, status
+        query.summary.failed_sources += (leg.source,)
+        _FAILURES.labels(leg.source, failure.value).inc()
+        facts = {"failure": failure.value, **self._facts(query, leg), **fields}
+        if status is not None:
+            facts["status"] = status
+        _log.warning("source_query_failed", **facts)
+
+    def _report_conflict(self, query: _Query, study: str, source: str) -> None:
+        _log.warning(
+            "identity_conflict",
+            source=source,
+            study_instance_uid=study,
+            operation_id=query.operation_id,
+            query_level=query.request.level.value,
+        )
+
+    def _report_dropped(self, query: _Query, leg: _Leg) -> None:
+        reasons = (Verdict.WITHHELD, Verdict.MALFORMED, Verdict.TOO_MANY)
+        for verdict in reasons:
+            if dropped := leg.verdicts.get(verdict, 0):
+                _log.warning(
+                    "source_rows_dropped",
+                    source=leg.source,
+                    operation_id=query.operation_id,
+                    reason=verdict.value,
+                    dropped=dropped,
+                )
+
+    async def _record(self, query: _Query, *, cancelled: bool = False) -> None:
+        """Record each question that left the house; those not answered yet are late."""
+        for leg in query.legs:
+            if not leg.done and not cancelled:
+                leg.late = True
+                self._failed(query, leg, Failure.TIMEOUT)
+        request = query.request
+        events = [
+            AuditEvent(
+                event="query",
+                outcome=leg.outcome(),
+                caller_ae_title=query.caller.ae_title,
+                peer_address=query.caller.peer_address,
+                source=leg.source,
+                operation_id=query.operation_id,
+                level=request.level.value,
+                root=request.root.value,
+                patient_id=request.patient_id,
+                study_instance_uids=tuple(filter(None, leg.plan.study_instance_uids))
+                or request.study_instance_uids,
+                status=leg.status,
+                detail=leg.failure.value if leg.failure is not None else "",
+                extra={"matches": leg.rows, "late": leg.late},
+            )
+            for leg in query.legs
+            if leg.asked
+        ]
+        query.open = False
+        if events:
+            await self._audit.record(*events)
+
+    # ----------------------------------------------------------------- ending
+
+    async def _end(self, query: _Query, tasks: list[asyncio.Task[None]]) -> None:
+        """End what must end; after a full answer, late legs may go on."""
+        cancelled = query.open
+        query.open = False
+        ending = [task for task in tasks if not task.done()]
+        for task in ending:
+            task.cancel()
+        if ending:
+            # First, since it could still start legs.
+            await asyncio.wait(ending, timeout=_WIND_UP_SECONDS)
+        for leg in query.legs:
+            if leg.task is None or leg.task.done():
+                continue
+            if not cancelled and self._late_legs < _MAX_LATE_LEGS:
+                self._late_legs += 1
+                leg.task.add_done_callback(lambda _task: self._late_leg_ended())
+                continue
+            leg.task.cancel()
+            ending.append(leg.task)
+        if running := [task for task in ending if not task.done()]:
+            await asyncio.wait(running, timeout=_WIND_UP_SECONDS)
+        if cancelled:
+            await self._record(query, cancelled=True)
+
+    def _late_leg_ended(self) -> None:
+        self._late_legs -= 1
+
+
+@asynccontextmanager
+async def _closing(iterator: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
+    """Close *iterator* in the end, which is how a port is told to cancel."""
+    try:
+        yield iterator
+    finally:
+        close = getattr(iterator, "aclose", None)
+        if close is not None:
+            await close()
