@@ -1,0 +1,1 @@
+"""Edge: where instances are delivered."""
