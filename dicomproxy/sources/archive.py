@@ -212,7 +212,7 @@ class Archive:
             _EXCHANGES.labels(name, operation, Failure.BREAKER).inc()
             raise SourceError(name, Failure.BREAKER)
         started = time.monotonic()
-        told = False
+        told = answered = False
         try:
             for attempt in (1, 2):
                 lease = await (pool or self.pool).lease(
@@ -221,7 +221,6 @@ class Archive:
                     fresh=attempt == 2,
                     proposal=proposal,
                 )
-                answered = False
                 try:
                     if prepare is not None:
                         prepare(lease)
@@ -256,7 +255,9 @@ class Archive:
             self._failed(operation, failure)
             raise SourceError(name, failure, detail=_detail(error)) from None
         finally:
-            if not told:
+            if not told and answered:
+                self.breaker.success()  # given up by us, but it was alive
+            elif not told:
                 self.breaker.inconclusive()
 
     def _succeeded(self, operation: str, seconds: float) -> None:
