@@ -208,7 +208,7 @@ class QueryCoordinator:
         local_calling_ae_title: str,
         priority: int = 0,
         summary: QuerySummary | None = None,
-    ) -> AsyncIterator[Answer]:
+    ) -> AsyncGenerator[Answer, None]:
         """Yield the answers to one C-FIND, the last one final (PS3.4 C.4.1).
 
         Closing the iterator before its last answer cancels: the local PACS is
