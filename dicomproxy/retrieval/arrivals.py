@@ -1,0 +1,172 @@
+"""The door through which sources' instances come in.
+
+An instance belongs to a flight if its study is being retrieved from the source
+that sent it, and its header names the patient agreed on. Everything else is
+turned away, remembered where a flight waits for it, and logged. C-STORE
+statuses given here (PS3.4 B.2.3, PS3.7 9.1.1.1.9):
+
+====== =====================================================================
+0000   stored, or held already
+0124   not authorized: nobody asked this source for that study
+A700   out of resources: neither disk nor memory has room
+A900   the data set contradicts the SOP Class or Instance UID of the command
+C000   the data set cannot be read
+C001   the data set names another patient, or another study than was asked for
+====== =====================================================================
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from prometheus_client import Counter
+
+from dicomproxy.dataset.header import InstanceHeader
+from dicomproxy.logs import error_fields, get_logger
+from dicomproxy.ports import InstanceStore, InstanceWriter, Refused, StoreFull, StudyLease
+from dicomproxy.retrieval.flight import Flight
+from dicomproxy.retrieval.flights import Flights
+
+_log = get_logger()
+
+STORED: Final = 0x0000
+NOT_AUTHORIZED: Final = 0x0124
+OUT_OF_RESOURCES: Final = 0xA700
+DATA_SET_MISMATCH: Final = 0xA900
+CANNOT_UNDERSTAND: Final = 0xC000
+OTHER_IDENTITY: Final = 0xC001
+
+NO_FLIGHT: Final = "no_flight"
+IDENTITY_CONFLICT: Final = "identity_conflict"
+OTHER_STUDY: Final = "other_study"
+
+_STATUS: Final = {
+    NO_FLIGHT: NOT_AUTHORIZED,
+    IDENTITY_CONFLICT: OTHER_IDENTITY,
+    OTHER_STUDY: OTHER_IDENTITY,
+    "sop_class_mismatch": DATA_SET_MISMATCH,
+    "sop_instance_mismatch": DATA_SET_MISMATCH,
+}
+
+_ARRIVED = Counter(
+    "dicomproxy_instances_fetched_total", "Instances that a source sent.", ["source"]
+)
+_REFUSED = Counter(
+    "dicomproxy_instances_refused_total", "Instances turned away.", ["source", "reason"]
+)
+
+
+class FlightArrivals:
+    """Implements :class:`~dicomproxy.ports.Arrivals` over a store and its flights."""
+
+    def __init__(self, store: InstanceStore, flights: Flights) -> None:
+        self._store = store
+        self._flights = flights
+
+    def source_for(self, candidates: Sequence[str]) -> str | None:
+        """Return which of *candidates* is being retrieved from, one that is sending first."""
+        for source in candidates:
+            if self._flights.has_orders(source):
+                return source
+        return next((source for source in candidates if self._flights.is_asked(source)), None)
+
+    def receive(
+        self, source: str, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str
+    ) -> FlightArrival:
+        """Begin to take in an instance."""
+        writer = self._store.receive(sop_class_uid, sop_instance_uid, transfer_syntax_uid, source)
+        return FlightArrival(self._flights, writer, source, sop_instance_uid)
+
+
+class FlightArrival:
+    """One instance on its way into a flight."""
+
+    def __init__(
+        self, flights: Flights, writer: InstanceWriter, source: str, sop_instance_uid: str
+    ) -> None:
+        self._flights = flights
+        self._writer = writer
+        self._source = source
+        self._sop_instance_uid = sop_instance_uid
+        self._loop = asyncio.get_running_loop()
+        self._flight: Flight | None = None
+        self._patient_id = ""
+
+    def write(self, segments: Sequence[memoryview], release: Callable[[], None]) -> None:
+        """Take over bytes; they count as a sign of life of every order at this source."""
+        self._active()
+        self._writer.write(segments, release)
+
+    def discard(self) -> None:
+        """Forget what came: the transfer was aborted."""
+        self._writer.discard()
+
+    async def finish(self) -> int:
+        """Let the instance exist if a flight takes it; the C-STORE-RSP's status."""
+        try:
+            stored = await self._writer.commit(self._admit)
+        except Refused as refused:
+            return self._turned_away(refused.reason)
+        except StoreFull:
+            self._fail("store_full")
+            return OUT_OF_RESOURCES
+        except Exception as error:
+            _log.error("store_failed", source=self._source, **error_fields(error))
+            self._fail("store_failed")
+            return CANNOT_UNDERSTAND
+        self._active()
+        _ARRIVED.labels(self._source).inc()
+        flight = self._flight
+        if flight is not None and not flight.closed:
+            flight.stored(self._source, stored, self._patient_id)
+        return STORED
+
+    def _admit(self, header: InstanceHeader) -> StudyLease:
+        """Say where an instance belongs. Runs in the store's writer thread: reads only."""
+        flight = self._flights.flight_for(header.study_instance_uid, self._source)
+        if flight is None:
+            if self._flights.has_orders(self._source) and not self._flights.ended_lately(
+                header.study_instance_uid
+            ):
+                # Sent in answer to an order, yet of a study that nobody ordered.
+                raise Refused(OTHER_STUDY)
+            raise Refused(NO_FLIGHT)
+        self._flight = flight
+        agreed = flight.patient_id
+        if agreed and header.patient_id and header.patient_id != agreed:
+            raise Refused(IDENTITY_CONFLICT)
+        self._patient_id = header.patient_id
+        return flight.lease
+
+    def _turned_away(self, reason: str) -> int:
+        self._fail(reason)
+        if reason in (IDENTITY_CONFLICT, OTHER_STUDY):
+            _log.warning(
+                "identity_conflict",
+                source=self._source,
+                sop_instance_uid=self._sop_instance_uid,
+                reason="other_patient" if reason == IDENTITY_CONFLICT else reason,
+            )
+        return _STATUS.get(reason, CANNOT_UNDERSTAND)
+
+    def _fail(self, reason: str) -> None:
+        """Have flights count the instance as Failed, and say why it was not taken."""
+        self._active()
+        _REFUSED.labels(self._source, reason).inc()
+        _log.warning(
+            "store_refused",
+            source=self._source,
+            sop_instance_uid=self._sop_instance_uid,
+            reason=reason,
+        )
+        if self._flight is not None:
+            self._flight.refused(self._source, self._sop_instance_uid, reason)
+        elif reason != NO_FLIGHT:
+            self._flights.refused(self._source, self._sop_instance_uid, reason)
+
+    def _active(self) -> None:
+        now = self._loop.time()
+        for order in self._flights.orders(self._source):
+            order.last_activity = now

@@ -1,0 +1,567 @@
+"""One study at one holder: what it lists, what is claimed, and the orders under way.
+
+Rules kept: deciding is synchronous, so that no two subscribers claim the same
+instance; an order's claim stands until the order has ended. Nothing is waited
+for that no running order covers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final
+
+from dicomproxy.dataset.levels import Level
+from dicomproxy.logs import error_fields, get_logger
+from dicomproxy.ports import (
+    CachedInstance,
+    Failure,
+    RetrieveOrder,
+    RetrieveProgress,
+    Source,
+    SourceError,
+)
+from dicomproxy.retrieval.batches import orders_for_missing, orders_for_selection
+from dicomproxy.retrieval.manifest import Manifest, closing, load_manifest
+from dicomproxy.retrieval.selection import Selection, selection_of
+
+if TYPE_CHECKING:
+    from dicomproxy.retrieval.flight import Flight
+    from dicomproxy.retrieval.subscription import Subscription
+
+_log = get_logger()
+
+MANIFEST_FRESH_SECONDS: Final = 5.0
+"""A manifest younger than this serves a retrieve that begins now."""
+
+MAX_ORDERS: Final = 4
+"""Orders of one study under way at one holder; its own ceiling may be lower."""
+
+# Failures that a second attempt at the same holder would only repeat.
+_HOPELESS: Final = frozenset(
+    {Failure.UNREACHABLE, Failure.REJECTED, Failure.NO_CONTEXT, Failure.BREAKER}
+)
+_WHOLE_STUDY: Final = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """An archive said to hold a study, and the Patient ID it holds it under."""
+
+    source: Source
+    patient_id: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+
+class Standing(StrEnum):
+    """How a holder has served a subscriber."""
+
+    PROVEN = "proven"  # everything that it lists is here
+    ASSUMED = "assumed"  # it cannot be asked what it has; nothing speaks against it
+    SHORT = "short"  # something is missing
+    ABSENT = "absent"  # it says that it has no such study
+    UNREACHABLE = "unreachable"  # it could not be asked, and nothing came
+    CONFLICT = "identity_conflict"  # it has the study under another patient
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    """An order under way, and which instances it has brought."""
+
+    order: RetrieveOrder
+    selection: Selection
+    progress: RetrieveProgress = field(default_factory=RetrieveProgress)
+    arrived: set[str] = field(default_factory=set)
+    task: asyncio.Task[None] | None = None
+
+
+@dataclass(slots=True)
+class _Unit:
+    """A study or series fetched from a holder that cannot list its instances."""
+
+    attempts: int = 0
+    complete: bool = False
+
+
+class Leg:
+    """The fetching of one study from one holder, shared by all who want it from there."""
+
+    def __init__(self, flight: Flight, holder: Holder, paused_missing: dict[str, str] | None):
+        self._flight = flight
+        self._settings = flight.settings
+        self.holder = holder
+        self.manifest: Manifest | None = None
+        self.conflict = False
+        self.paused_missing = paused_missing
+        self._loading = False
+        self._loaded_at = float("-inf")
+        self._failed_at: float | None = None
+        self._unreachable: Failure | None = None
+        self._orders: list[_Running] = []
+        self._unsettled: list[_Running] = []
+        self._attempts: dict[str, int] = {}
+        self._units: dict[str, _Unit] = {}
+        self._refused: dict[str, str] = {}
+        self._finest = Level.IMAGE
+        self._gave_up = False
+        self._stalled = False
+        self._fetched = False
+        self._told_unverified = False
+        self._vanishable: set[str] = set()
+
+    @property
+    def name(self) -> str:
+        return self.holder.name
+
+    @property
+    def verified(self) -> bool:
+        """Whether the manifest, if there is one, lists every instance."""
+        return self.manifest is not None and self.manifest.verified
+
+    @property
+    def blamed(self) -> bool:
+        """Whether the holder itself failed, so that it is left alone for a while."""
+        return self._failed_at is not None
+
+    def best_total(self) -> int:
+        """Return how many instances the running orders are said to bring."""
+        return sum(
+            (running.progress.remaining or 0)
+            + running.progress.completed
+            + running.progress.failed
+            + running.progress.warning
+            for running in self._orders
+        )
+
+    # ------------------------------------------------------------ serving
+
+    def prepare(self) -> None:
+        """Ask for the manifest unless it is being asked for or was just given."""
+        now = asyncio.get_running_loop().time()
+        pause = self._settings.retry_pause_seconds
+        if self._failed_at is not None and not self._orders and now - self._failed_at >= pause:
+            self.paused_missing = None
+            self._failed_at = self._unreachable = None
+            self._gave_up = self._stalled = False
+            self._attempts.clear()
+            self._units.clear()
+        fresh = now - self._loaded_at < MANIFEST_FRESH_SECONDS
+        if self.paused_missing is None and not (self._loading or self.conflict or fresh):
+            self._load()
+
+    async def serve(self, subscription: Subscription, *, last: bool) -> Standing:
+        """Return once nothing more can be had from this holder for *subscription*.
+
+        ``last`` says that no other holder is left, so that one which stalled is
+        tried again.
+        """
+        if self.paused_missing is not None:
+            return self._paused(subscription)
+        while True:
+            subscription.wake.clear()
+            step = self._decide(subscription, last)
+            if isinstance(step, Standing):
+                return step
+            for order in step[: max(0, MAX_ORDERS - len(self._orders))]:
+                self._start(order)
+            # Orders and manifests end by the source's own deadlines, and wake us.
+            await subscription.wake.wait()
+
+    def _paused(self, subscription: Subscription) -> Standing:
+        """Serve from what is held, since this holder failed a moment ago."""
+        if self._complete_before(subscription):
+            self._tell_unverified("retry_pause")
+            return Standing.ASSUMED
+        return Standing.SHORT
+
+    def _decide(self, subscription: Subscription, last: bool) -> list[RetrieveOrder] | Standing:
+        """Return orders to place now, none to wait, or how it ended. Never awaits."""
+        if self.conflict:
+            return Standing.CONFLICT
+        if self.manifest is None and self._loading:
+            return self._at_once(subscription)
+        if self.manifest is not None and not self.manifest.held:
+            return [] if self._loading or self._orders else Standing.ABSENT
+        limit = 1 if self._stalled and not last else self._settings.attempts
+        if self._gave_up:
+            limit = 0
+        if self.manifest is not None and self.manifest.verified:
+            return self._decide_proven(subscription, self.manifest, limit)
+        return self._decide_unproven(subscription, limit)
+
+    def _at_once(self, subscription: Subscription) -> list[RetrieveOrder]:
+        """Order what can be ordered before the manifest is known: what is surely not here."""
+        wanted = subscription.selection
+        if subscription.exclude or subscription.listed or self._gave_up:
+            return []
+        held = self._flight.lease.instances
+        if wanted.level is Level.STUDY:
+            if held or self._orders or self._units or self._attempts:
+                return []
+            return self._for_selection(wanted)
+        if wanted.level is Level.SERIES:
+            begun = {instance.series_instance_uid for instance in list(held.values())}
+            begun.update(self._units)
+            series = frozenset(
+                uid
+                for uid in wanted.series_instance_uids
+                if uid not in begun and not self._covers_series(uid)
+            )
+            if not series or _WHOLE_STUDY in self._units:
+                return []
+            return self._for_selection(Selection(Level.SERIES, series))
+        series_uid = next(iter(wanted.series_instance_uids), "")
+        missing = frozenset(
+            uid
+            for uid in wanted.sop_instance_uids
+            if not self._flight.available(subscription, uid)
+            and uid not in self._attempts
+            and not self._covers(series_uid, uid)
+        )
+        if not missing or self._units:
+            return []
+        return self._for_selection(Selection(Level.IMAGE, wanted.series_instance_uids, missing))
+
+    def _decide_proven(
+        self, subscription: Subscription, manifest: Manifest, limit: int
+    ) -> list[RetrieveOrder] | Standing:
+        wanted = manifest.listed(subscription.selection)
+        wanted.update(
+            (uid, series)
+            for uid, series in subscription.also.items()
+            if uid in manifest.series.get(series, ())
+        )
+        orders, waiting, missing = self._missing(subscription, wanted, limit)
+        if orders:
+            return orders
+        if waiting or self._loading:
+            return []
+        if self._fetched and manifest.is_recent(self._settings.today()):
+            # It may have grown while it was fetched.
+            self._load()
+            return []
+        if missing:
+            return self._short(Standing.SHORT, missing)
+        return Standing.PROVEN
+
+    def _decide_unproven(
+        self, subscription: Subscription, limit: int
+    ) -> list[RetrieveOrder] | Standing:
+        """Go by what the holder says of its own orders, where it cannot list instances."""
+        explicit = dict(subscription.also)
+        if subscription.selection.level is Level.IMAGE:
+            series_uid = next(iter(subscription.selection.series_instance_uids), "")
+            for uid in subscription.selection.sop_instance_uids:
+                explicit.setdefault(uid, series_uid)
+        if self._unreachable in _HOPELESS:
+            limit = 0
+        orders, waiting, missing = self._missing(subscription, explicit, limit)
+        incomplete: list[str] = []
+        if subscription.selection.level is not Level.IMAGE and not self._complete_before(
+            subscription
+        ):
+            for key in self._units_for(subscription):
+                unit = self._units.get(key) or _Unit()
+                if unit.complete or self._is_complete(_WHOLE_STUDY):
+                    continue
+                if self._covers_series(key):
+                    waiting = True
+                elif unit.attempts < limit:
+                    level = Level.SERIES if key else Level.STUDY
+                    orders += self._for_selection(Selection(level, frozenset({key} - {""})))
+                else:
+                    incomplete.append(key)
+        if orders:
+            return orders
+        if waiting or self._loading:
+            return []
+        if not missing and not incomplete:
+            self._tell_unverified("unreachable" if self.manifest is None else "not_listed")
+            return Standing.ASSUMED
+        if self._unreachable is not None and not self._fetched:
+            return self._short(Standing.UNREACHABLE, [*missing, *incomplete])
+        return self._short(Standing.SHORT, [*missing, *incomplete])
+
+    def _short(self, standing: Standing, missing: Collection[str]) -> Standing:
+        """Blame the holder, unless all that lacks is what we refused to take."""
+        if self._failed_at is None and any(uid not in self._refused for uid in missing):
+            self._failed_at = asyncio.get_running_loop().time()
+        return standing
+
+    def _missing(
+        self, subscription: Subscription, wanted: dict[str, str], limit: int
+    ) -> tuple[list[RetrieveOrder], bool, dict[str, str]]:
+        """Sort *wanted*: orders for what may be asked for, whether to wait, what is lacking."""
+        missing = {
+            uid: series
+            for uid, series in wanted.items()
+            if uid not in subscription.exclude and not self._flight.available(subscription, uid)
+        }
+        subscription.pending = set(missing)
+        waiting = False
+        fetchable: dict[str, list[str]] = {}
+        for uid, series in missing.items():
+            if uid in self._refused:
+                continue
+            if self._covers(series, uid):
+                waiting = True
+            elif self._attempts.get(uid, 0) < limit:
+                fetchable.setdefault(series, []).append(uid)
+        orders = orders_for_missing(
+            self._flight.study_instance_uid,
+            fetchable,
+            self.manifest.series if self.manifest is not None else {},
+            patient_id=self.holder.patient_id,
+            finest=self._finest,
+        )
+        return orders, waiting, missing
+
+    def _units_for(self, subscription: Subscription) -> list[str]:
+        """Return what has to be fetched whole: Series Instance UIDs, or "" for the study."""
+        if subscription.selection.level is Level.SERIES:
+            return sorted(subscription.selection.series_instance_uids - subscription.exclude_series)
+        series = set(self.manifest.series) if self.manifest is not None else set()
+        if subscription.satisfied or subscription.exclude:
+            # The rest is had from elsewhere; only series that are not are of interest.
+            elsewhere = subscription.exclude_series | set(subscription.listed.values())
+            return sorted(series - elsewhere)
+        if series and any(self._covers_series(uid) or uid in self._units for uid in series):
+            return sorted(series)
+        return [_WHOLE_STUDY]
+
+    def _is_complete(self, key: str) -> bool:
+        unit = self._units.get(key)
+        return unit is not None and unit.complete
+
+    def _complete_before(self, subscription: Subscription) -> bool:
+        """Whether the study was held whole when the flight began, and may be shown."""
+        flight = self._flight
+        return flight.was_complete and all(
+            flight.available(subscription, uid) for uid in list(flight.lease.instances)
+        )
+
+    def _for_selection(self, selection: Selection) -> list[RetrieveOrder]:
+        return orders_for_selection(
+            self._flight.study_instance_uid, selection, patient_id=self.holder.patient_id
+        )
+
+    def _covers(self, series_instance_uid: str, sop_instance_uid: str) -> bool:
+        return any(
+            running.selection.covers(series_instance_uid, sop_instance_uid)
+            for running in self._orders
+        )
+
+    def _covers_series(self, series_instance_uid: str) -> bool:
+        return any(running.selection.covers_series(series_instance_uid) for running in self._orders)
+
+    # ------------------------------------------------------------- orders
+
+    def _start(self, order: RetrieveOrder) -> None:
+        running = _Running(order, selection_of(order))
+        self._orders.append(running)
+        self._flight.asked.add(self.name)
+        if order.level is Level.STUDY:
+            self._units.setdefault(_WHOLE_STUDY, _Unit())
+        elif order.level is Level.SERIES:
+            for uid in order.series_instance_uids:
+                self._units.setdefault(uid, _Unit())
+        running.task = self._flight.spawn(self._run(running), f"order:{self.name}")
+
+    async def _run(self, running: _Running) -> None:
+        order = running.order
+        order.last_activity = asyncio.get_running_loop().time()
+        failure: Failure | None = None
+        final: RetrieveProgress | None = None
+        self._flight.flights.order_started(self.name, order)
+        try:
+            async with closing(self.holder.source.retrieve(order)) as steps:
+                async for progress in steps:
+                    running.progress = progress
+                    self._flight.changed()
+                    if progress.final:
+                        final = progress
+        except SourceError as error:
+            failure = error.failure
+        except Exception as error:
+            _log.error("flight_failed", source=self.name, **error_fields(error))
+            failure = Failure.PROTOCOL
+        finally:
+            self._flight.flights.order_ended(self.name, order)
+            self._orders.remove(running)
+        self._ended(running, failure, final)
+
+    def _ended(
+        self, running: _Running, failure: Failure | None, final: RetrieveProgress | None
+    ) -> None:
+        order = running.order
+        self._fetched = self._fetched or bool(running.arrived) or failure is None
+        if failure is None and final is None:
+            failure = Failure.PROTOCOL
+        whole = (
+            failure is None
+            and final is not None
+            and final.status == 0
+            and final.failed == 0
+            and final.completed + final.warning == len(running.arrived)
+        )
+        keys = order.series_instance_uids if order.level is not Level.STUDY else (_WHOLE_STUDY,)
+        if order.level is not Level.IMAGE:
+            for key in keys:
+                unit = self._units.setdefault(key, _Unit())
+                unit.attempts += 1
+                unit.complete = unit.complete or whole
+        if failure in _HOPELESS:
+            self._gave_up = True
+            self._unreachable = failure
+        elif failure is Failure.TIMEOUT:
+            self._stalled = True
+        refused = self._was_refused(running, failure, final)
+        if refused and self._finest is not Level.STUDY:
+            # Perhaps it takes no UID lists, or nothing below a study. No attempt
+            # is counted: each level can be found out about but once.
+            self._finest = Level.SERIES if order.level is Level.IMAGE else Level.STUDY
+            self._flight.wake()
+            return
+        if self.manifest is None or not self.manifest.verified:
+            self._unsettled.append(running)
+        missing = self._settle(running)
+        if failure is not None:
+            self._failed_at = asyncio.get_running_loop().time()
+        if failure is not None or missing:
+            _log.warning(
+                "flight_incomplete",
+                source=self.name,
+                study_instance_uid=self._flight.study_instance_uid,
+                query_level=str(order.level),
+                failure=str(failure) if failure is not None else None,
+                status=final.status if final is not None else None,
+                arrived=len(running.arrived),
+                missing=missing,
+            )
+        self._flight.wake()
+
+    @staticmethod
+    def _was_refused(
+        running: _Running, failure: Failure | None, final: RetrieveProgress | None
+    ) -> bool:
+        """Tell whether an order below STUDY level was answered with nothing but a failure."""
+        if running.order.level is Level.STUDY or running.arrived:
+            return False
+        return failure is Failure.STATUS or (
+            final is not None and final.status >> 12 in (0x0, 0xA, 0xC) and final.status != 0
+        )
+
+    def _settle(self, running: _Running) -> int:
+        """Count an attempt for whatever *running* should have brought; how much it did not."""
+        expected: set[str] = set(running.order.sop_instance_uids)
+        if self.verified and self.manifest is not None:
+            expected |= set(self.manifest.listed(running.selection))
+        lacking = expected - running.arrived
+        for uid in lacking:
+            self._attempts[uid] = self._attempts.get(uid, 0) + 1
+        held = self._flight.lease.instances
+        return sum(1 for uid in lacking if uid not in held)
+
+    def stop(self) -> None:
+        """Cancel every order at the holder."""
+        for running in self._orders:
+            if running.task is not None:
+                running.task.cancel()
+
+    def again(self, sop_instance_uid: str) -> None:
+        """Allow an instance to be asked for again: what came was damaged since."""
+        self._attempts.pop(sop_instance_uid, None)
+
+    def stored(self, instance: CachedInstance) -> None:
+        """Note that an instance has come from this holder."""
+        uid = instance.sop_instance_uid
+        for running in self._orders:
+            if running.selection.covers(instance.series_instance_uid, uid):
+                running.arrived.add(uid)
+                running.order.arrived += 1
+
+    def refused(self, sop_instance_uid: str, reason: str) -> None:
+        """Note that an instance came and was not let in: it is not waited for again."""
+        self._refused[sop_instance_uid] = reason
+
+    def lists(self, sop_instance_uid: str) -> bool:
+        """Tell whether the manifest names the instance."""
+        return self.manifest is not None and any(
+            sop_instance_uid in instances for instances in self.manifest.series.values()
+        )
+
+    # ----------------------------------------------------------- manifest
+
+    def _load(self) -> None:
+        self._loading = True
+        self._fetched = False
+        lease = self._flight.lease
+        known = self.manifest.listed(Selection()) if self.manifest is not None else {}
+        # What arrives from now on may be newer than the listing that is coming.
+        self._vanishable = {
+            uid
+            for uid, instance in list(lease.instances.items())
+            if instance.source == self.name and (uid in known or uid in self._flight.initial)
+        }
+        self._flight.spawn(self._load_manifest(), f"manifest:{self.name}")
+
+    async def _load_manifest(self) -> None:
+        manifest: Manifest | None = None
+        failure: Failure | None = None
+        try:
+            manifest = await load_manifest(
+                self.holder.source, self._flight.study_instance_uid, interactive=True
+            )
+        except SourceError as error:
+            failure = error.failure
+        except Exception as error:
+            _log.error("flight_failed", source=self.name, **error_fields(error))
+            failure = Failure.PROTOCOL
+        if manifest is not None:
+            await self._take(manifest)
+        elif self.manifest is None:
+            self._unreachable = failure
+        else:
+            self._tell_unverified("unreachable")
+        self._loading = False
+        self._loaded_at = asyncio.get_running_loop().time()
+        self._flight.relist()
+        self._flight.wake()
+
+    async def _take(self, manifest: Manifest) -> None:
+        """Accept a manifest: the patient it names, and what it no longer lists."""
+        flight = self._flight
+        if not flight.agrees(manifest.patient_id):
+            self.manifest = manifest
+            self.conflict = True
+            await flight.patient_changed(self, manifest.patient_id)
+            return
+        self.manifest = manifest
+        if not manifest.held:
+            flight.not_held(self.name)
+        if manifest.verified:
+            listed = manifest.listed(Selection())
+            gone = [uid for uid in self._vanishable if uid not in listed]
+            if gone:
+                await flight.remove(gone)
+            if flight.lease.complete and any(uid not in flight.lease.instances for uid in listed):
+                # At once: a crash must not leave a part that passes for the whole.
+                await flight.lease.set_complete(False)
+            for running in self._unsettled:
+                self._settle(running)
+        self._unsettled.clear()
+
+    def _tell_unverified(self, reason: str) -> None:
+        if not self._told_unverified:
+            self._told_unverified = True
+            _log.warning(
+                "manifest_unverified",
+                source=self.name,
+                study_instance_uid=self._flight.study_instance_uid,
+                reason=reason,
+            )

@@ -1,0 +1,167 @@
+"""What one delivery sees of a flight.
+
+The flight's list of what has come is shared; a subscription is a place in it,
+and the rules that decide which of its entries are for this caller: asked for,
+not had from elsewhere, still held, and from a source that the caller may see.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from dicomproxy.ports import CachedInstance
+from dicomproxy.retrieval.leg import Holder
+from dicomproxy.retrieval.selection import Selection
+
+if TYPE_CHECKING:
+    from dicomproxy.retrieval.flight import Flight
+
+
+@dataclass(frozen=True, slots=True)
+class FlightRequest:
+    """What one delivery wants of one study.
+
+    Args:
+        study_instance_uid: the study.
+        selection: which of its instances.
+        holders: whom to ask, in this order.
+        visible: sources whose instances this caller may be given.
+        patient_id: the patient agreed on; empty if no holder names one.
+        exclude: SOP Instance UIDs had from elsewhere, with their series.
+    """
+
+    study_instance_uid: str
+    selection: Selection
+    holders: tuple[Holder, ...]
+    visible: frozenset[str]
+    patient_id: str = ""
+    exclude: dict[str, str] = field(default_factory=dict)
+    exclude_series: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class FlightOutcome:
+    """How a flight ended for one subscriber.
+
+    ``failed`` are the instances known to exist that nobody delivered.
+    ``complete`` is False if there may be more than those. ``reached`` tells
+    whether any holder could be asked, ``held`` whether any has the study.
+    """
+
+    failed: tuple[str, ...] = ()
+    complete: bool = True
+    reached: bool = True
+    held: bool = True
+    stopped: bool = False
+
+
+class Subscription:
+    """One delivery's view of a flight; iterate it to the :class:`FlightOutcome` that ends it."""
+
+    def __init__(self, flight: Flight, request: FlightRequest) -> None:
+        self._flight = flight
+        self.selection = request.selection
+        self.holders = request.holders
+        self.visible = request.visible
+        self.patient_id = request.patient_id
+        self.exclude = request.exclude
+        self.exclude_series = request.exclude_series
+        self.wake = asyncio.Event()
+        self.news = asyncio.Event()
+        self.on_change: Callable[[], None] | None = None
+        self.listed: dict[str, str] = {}
+        self.also: dict[str, str] = {}
+        self.pending: set[str] = set()
+        self.satisfied = False
+        self.outcome: FlightOutcome | None = None
+        self.walk: asyncio.Task[None] | None = None
+        self.abandoned = False
+        self._served: set[str] = set()
+        self._unlisted = 0
+        self._cursor = 0
+        self._cached_until = 0
+        self._hits = 0
+        self._stopped = False
+        self._finished = False
+
+    @property
+    def expected(self) -> int:
+        """How many instances this delivery will be given, as far as is known."""
+        known = len(self.listed) + self._unlisted
+        if not self.listed and self.outcome is None:
+            return max(known, self._flight.best_total(self))
+        return known
+
+    def __aiter__(self) -> AsyncIterator[CachedInstance | FlightOutcome]:
+        return self
+
+    async def __anext__(self) -> CachedInstance | FlightOutcome:
+        """Return the next instance, as soon as there is one; last, the outcome."""
+        if self._finished:
+            raise StopAsyncIteration
+        while True:
+            self.news.clear()
+            if self._stopped:
+                self._finished = True
+                return FlightOutcome(stopped=True)
+            log = self._flight.log
+            while self._cursor < len(log):
+                instance = log[self._cursor]
+                self._cursor += 1
+                if self._takes(instance):
+                    return instance
+            if self.outcome is not None:
+                self._finished = True
+                self._flight.count_hits(self._hits)
+                return self.outcome
+            await self.news.wait()
+
+    def _takes(self, instance: CachedInstance) -> bool:
+        uid = instance.sop_instance_uid
+        wanted = self.selection.covers(instance.series_instance_uid, uid) or uid in self.also
+        if not wanted or uid in self._served or uid in self.exclude:
+            return False
+        if not self._flight.available(self, uid):
+            return False
+        self._served.add(uid)
+        if uid not in self.listed:
+            self._unlisted += 1
+        if self._cursor <= self._cached_until:
+            self._hits += 1
+        return True
+
+    def begin(self, cached: int) -> None:
+        """Note how much of the flight's list was there from the start."""
+        self._cached_until = cached
+
+    def relist(self, listed: dict[str, str]) -> None:
+        """Replace what is known to exist for this subscriber."""
+        self.listed = listed
+        self._unlisted = sum(1 for uid in self._served if uid not in listed)
+        self.changed()
+
+    def changed(self) -> None:
+        if self.on_change is not None:
+            self.on_change()
+
+    def stop(self) -> None:
+        """Have the iteration end at once, with an outcome that says so."""
+        self._stopped = True
+        self.news.set()
+
+    async def replace(self, instance: CachedInstance) -> bool:
+        """Have an instance fetched again that was handed out and proved damaged.
+
+        Returns False if that was done before; it then stays failed. The new
+        copy is yielded later, before the outcome.
+        """
+        uid = instance.sop_instance_uid
+        if uid in self.also:
+            return False
+        self.also[uid] = instance.series_instance_uid
+        self._served.discard(uid)
+        await self._flight.replace(self, uid, newer_than=self._cursor)
+        return True
