@@ -169,7 +169,7 @@ class StudyIndex:
 
     @property
     def epoch(self) -> int:
-        """How many unclean starts there were."""
+        """Names the latest unclean start; 0 if there was none."""
         try:
             value = self._cache.get(_EPOCH_KEY, default=None)
             return 0 if value is None else int(value["epoch"])

@@ -59,3 +59,16 @@ class CacheStats:
     misses: int
     evictions: int
     evicted_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class CachedStudy:
+    """One study as listings show it. ``last_used`` is in seconds since 1970."""
+
+    study_instance_uid: str
+    size_bytes: int
+    instances: int
+    complete: bool
+    pinned: bool
+    in_use: bool
+    last_used: float

@@ -1,0 +1,180 @@
+"""Instances opened for sending: from their file, off the loop, or from memory.
+
+Reading goes to a small pool of threads. A file that was unlinked or replaced
+while it is open is read to its end all the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Final
+
+from dicomproxy.cache.vectors import MOST_BUFFERS, skip
+from dicomproxy.ports import CachedInstance
+
+_PIECE_BYTES: Final = 1024 * 1024
+
+
+class NotWhole(Exception):
+    """The file is not what the journal says it is."""
+
+
+def open_whole(path: Path, instance: CachedInstance, *, check_crc: bool) -> int:
+    """Open an instance's file after checking its size and, if asked, its CRC.
+
+    Returns:
+        A file descriptor for the caller to close.
+
+    Raises:
+        NotWhole: it is missing, shorter or longer, or its bytes have changed.
+        OSError: it cannot be opened now, though it may be sound.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        raise NotWhole from None
+    try:
+        if os.fstat(fd).st_size != instance.data_set_offset + instance.size:
+            raise NotWhole
+        if check_crc and _crc32(fd, instance.data_set_offset) != instance.crc32:
+            raise NotWhole
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _crc32(fd: int, offset: int) -> int | None:
+    """CRC-32 from *offset* to the end; None if the disk does not give it."""
+    buffer = memoryview(bytearray(_PIECE_BYTES))
+    crc = 0
+    try:
+        while count := os.preadv(fd, [buffer], offset):
+            crc = zlib.crc32(buffer[:count], crc)
+            offset += count
+    except OSError:
+        return None
+    return crc
+
+
+class FileReader:
+    """Reads the data set of one file.
+
+    Args:
+        fd: owned from now on.
+        on_close: called once, on the loop.
+    """
+
+    def __init__(
+        self, fd: int, instance: CachedInstance, pool: Executor, on_close: Callable[[], None]
+    ) -> None:
+        self._fd = fd
+        self._instance = instance
+        self._pool = pool
+        self._on_close = on_close
+        self._reading = 0
+        self._closed = False
+
+    @property
+    def size(self) -> int:
+        return self._instance.size
+
+    async def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Fill *buffers* from data set byte *offset*; fewer bytes only at the end.
+
+        Returns, or raises, only once nobody writes to *buffers* any more, even
+        if it is cancelled: they are blocks that another transfer uses next.
+        Hence no deadline here; a read of a local file cannot be called off.
+
+        Raises:
+            OSError: the disk failed, or the reader is closed.
+        """
+        if self._closed:
+            raise OSError("the reader is closed")
+        self._reading += 1
+        try:
+            job = asyncio.get_running_loop().run_in_executor(
+                self._pool, _read, self._fd, buffers, offset + self._instance.data_set_offset
+            )
+            try:
+                return await asyncio.shield(job)
+            except asyncio.CancelledError:
+                await _ended(job)
+                raise
+        finally:
+            self._reading -= 1
+            self._close_if_idle()
+
+    async def close(self) -> None:
+        """Let go of the file; twice is no error."""
+        if not self._closed:
+            self._closed = True
+            self._close_if_idle()
+
+    def _close_if_idle(self) -> None:
+        if not self._closed or self._reading:
+            return
+        try:
+            # The last one to close an unlinked file frees its blocks, which takes a while.
+            self._pool.submit(os.close, self._fd)
+        except RuntimeError:  # the pool has been shut down
+            os.close(self._fd)
+        self._on_close()
+
+
+async def _ended(job: asyncio.Future[int]) -> None:
+    """Wait for the end of *job*, however often the waiting task is cancelled."""
+    while not job.done():
+        try:
+            await asyncio.wait([job])
+        except asyncio.CancelledError:
+            continue
+    if not job.cancelled():
+        job.exception()  # seen
+
+
+def _read(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+    """Fill *buffers*, however little the system gives at a time."""
+    done = 0
+    remaining = [buffer for buffer in buffers if buffer.nbytes]
+    while remaining:
+        count = os.preadv(fd, remaining[:MOST_BUFFERS], offset + done)
+        if not count:
+            break
+        done += count
+        skip(remaining, count)
+    return done
+
+
+class MemoryReader:
+    """Reads an instance that is held in memory."""
+
+    def __init__(self, data: bytearray, on_close: Callable[[], None]) -> None:
+        self._data: memoryview | None = memoryview(data)
+        self._size = len(data)
+        self._on_close = on_close
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    async def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """As :meth:`FileReader.read_into`; copies at once."""
+        if self._data is None:
+            raise OSError("the reader is closed")
+        done = 0
+        for buffer in buffers:
+            part = self._data[offset + done : offset + done + buffer.nbytes]
+            buffer[: part.nbytes] = part
+            done += part.nbytes
+        return done
+
+    async def close(self) -> None:
+        if self._data is not None:
+            self._data = None
+            self._on_close()
