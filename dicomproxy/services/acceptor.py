@@ -6,11 +6,10 @@ read while they run; verification and storage are answered in place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from dicomproxy.dataset.levels import Root
 from dicomproxy.dataset.transfer_syntaxes import chooser
 from dicomproxy.dimse.association import Association, BytesSink, Message, Sink
 from dicomproxy.dimse.command import Command, CommandField, response
@@ -25,7 +24,7 @@ from dicomproxy.dimse.negotiation import (
 from dicomproxy.dimse.operations import VERIFICATION
 from dicomproxy.dimse.pdu import AssociateAccept, AssociateReject, AssociateRequest
 from dicomproxy.logs import get_logger
-from dicomproxy.ports import LOCAL, Caller
+from dicomproxy.ports import Caller
 from dicomproxy.query.coordinator import QueryCoordinator
 from dicomproxy.retrieval.coordinator import RetrieveCoordinator
 from dicomproxy.services.access import AccessControl, Peer
@@ -83,6 +82,8 @@ class ServiceAcceptor:
         self._directory = directory
         self._operations = operations
         self._peers: dict[Association, Peer] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     async def negotiate(
         self, association: Association, request: AssociateRequest
@@ -95,6 +96,7 @@ class ServiceAcceptor:
             return peer
         negotiated = negotiate(request, lambda uid: self._supported(peer, uid))
         self._peers[association] = peer
+        self._idle.clear()
         association.sink_for = self._sink_for
         accept = acceptance(request, negotiated, max_length=self._settings.max_length)
         return accept, negotiated.contexts
@@ -103,7 +105,7 @@ class ServiceAcceptor:
         if abstract_syntax == VERIFICATION:
             return Supported(requestors_order(QUERY_SYNTAXES))
         if abstract_syntax in FIND or abstract_syntax in MOVE:
-            if peer.caller is None or (abstract_syntax in MOVE and peer.caller.is_source):
+            if peer.caller is None or (abstract_syntax in MOVE and not peer.may_retrieve):
                 return None
             return Supported(requestors_order(QUERY_SYNTAXES))
         if peer.sends_for and is_storage(abstract_syntax):
@@ -142,6 +144,12 @@ class ServiceAcceptor:
             return
         finally:
             self._peers.pop(association, None)
+            if not self._peers:
+                self._idle.set()
+
+    async def wait_idle(self) -> None:
+        """Return once no association is being served here."""
+        await self._idle.wait()
 
     async def _handle(
         self,
@@ -258,11 +266,3 @@ class ServiceAcceptor:
         finally:
             running.pop(message.command.message_id, None)
             self._operations.end(operation, status, **facts)
-
-
-def source_names(peer: Peer) -> Sequence[str]:
-    """Return the sources of the region for which *peer* sends."""
-    return [source for source in peer.sends_for if source != LOCAL]
-
-
-__all__ = ["DestinationDirectory", "Root", "ServiceAcceptor", "ServiceSettings"]

@@ -55,8 +55,9 @@ class Senders:
 class Peer:
     """An admitted peer.
 
-    ``caller`` is set where it may query and retrieve; ``sends_for`` names the
-    sources, ``local`` among them, whose instances it may send.
+    ``caller`` is set where it may query, ``may_retrieve`` where it is a
+    workstation; ``sends_for`` names the sources, ``local`` among them, whose
+    instances it may send.
     """
 
     ae_title: str
@@ -64,6 +65,7 @@ class Peer:
     address: str
     caller: Caller | None
     sends_for: tuple[str, ...]
+    may_retrieve: bool = False
 
 
 class AccessControl:
@@ -109,6 +111,7 @@ class AccessControl:
         from_region = any(source != LOCAL for source in sends_for)
         if known is not None and known.caller is not None:
             caller = known.caller
+        may_retrieve = caller is not None
         if caller is not None:
             caller = Caller(
                 ae_title=calling_ae_title,
@@ -123,7 +126,9 @@ class AccessControl:
         elif from_region:
             # Another proxy, or an archive that asks back: it is answered from here alone.
             caller = Caller(calling_ae_title, address, called_ae_title, is_source=True)
-        return Peer(calling_ae_title, called_ae_title, address, caller, sends_for)
+        return Peer(
+            calling_ae_title, called_ae_title, address, caller, sends_for, may_retrieve
+        )
 
     async def _may_call_from(
         self, entry: KnownPeer, address: IPv4Address | IPv6Address | None

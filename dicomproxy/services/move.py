@@ -137,8 +137,6 @@ class _Informer:
                 pass
             self._news.clear()
             tally = self._retrieve.tally
-            if self._stopped and not tally.remaining:
-                return  # the final response says the same
             pending = response(
                 self._message.command,
                 PENDING,
