@@ -427,8 +427,8 @@ class Leg:
             self._finest = Level.SERIES if order.level is Level.IMAGE else Level.STUDY
             self._flight.wake()
             return
-        if self.manifest is None or not self.manifest.verified:
-            self._unsettled.append(running)
+        if not self.verified and order.level is not Level.IMAGE:
+            self._unsettled.append(running)  # what it should have brought will be known later
         missing = self._settle(running)
         if failure is not None:
             self._failed_at = asyncio.get_running_loop().time()

@@ -8,7 +8,7 @@ not had from elsewhere, still held, and from a source that the caller may see.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -132,6 +132,15 @@ class Subscription:
         if self._cursor <= self._cached_until:
             self._hits += 1
         return True
+
+    def undelivered(self) -> Iterator[str]:
+        """Yield what is known to exist, or has come, and was not handed out."""
+        for uid in self.listed:
+            if uid not in self._served:
+                yield uid
+        for instance in self._flight.log[self._cursor :]:
+            if self._takes(instance):
+                yield instance.sop_instance_uid
 
     def begin(self, cached: int) -> None:
         """Note how much of the flight's list was there from the start."""

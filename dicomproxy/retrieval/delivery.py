@@ -1,0 +1,224 @@
+"""From a flight to one destination.
+
+An :class:`Outlet` is one request's way to its destination, opened when the
+first instance is there and shared by the deliveries of its studies, one
+instance at a time. A delivery never holds up a flight: what it has not sent yet
+waits in the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter as Tallies
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from prometheus_client import Counter
+
+from dicomproxy.logs import error_fields, get_logger
+from dicomproxy.ports import (
+    CachedInstance,
+    Delivered,
+    Destination,
+    DestinationError,
+    InstanceReader,
+    InstanceStore,
+    Refused,
+)
+from dicomproxy.retrieval.subscription import FlightOutcome, Subscription
+from dicomproxy.retrieval.tally import (
+    NUMBER_OF_MATCHES_UNKNOWN,
+    SUB_OPERATIONS_FAILED,
+    Part,
+)
+
+_log = get_logger()
+
+_CLOSE_SECONDS: Final = 10.0
+
+_SUB_OPERATIONS = Counter(
+    "dicomproxy_suboperations_total", "Instances delivered, by outcome.", ["outcome"]
+)
+_BYTES = Counter("dicomproxy_delivered_bytes_total", "Data set bytes delivered.")
+
+
+class Outlet:
+    """One request's destination.
+
+    Args:
+        open: makes the destination; it may raise DestinationError.
+        ae_title: of the destination, for logs.
+    """
+
+    def __init__(self, open: Callable[[], Destination], ae_title: str) -> None:
+        self._open = open
+        self._ae_title = ae_title
+        self._destination: Destination | None = None
+        self._turn = asyncio.Lock()
+        self.lost: DestinationError | None = None
+        self.stopped = False
+
+    async def send(self, store: InstanceStore, instance: CachedInstance) -> Delivered | None:
+        """Deliver an instance in its turn; None if the outlet is lost or stopped.
+
+        Raises:
+            FileNotFoundError, Refused: the store does not hold it whole any more.
+        """
+        async with self._turn:
+            if self.stopped or self.lost is not None:
+                return None
+            reader = await store.open(instance)
+            try:
+                return await self._deliver(instance, reader)
+            except DestinationError as error:
+                self.lost = error
+                _log.warning(
+                    "delivery_failed",
+                    destination_ae_title=self._ae_title,
+                    failure=str(error.failure),
+                )
+                return None
+            finally:
+                await reader.close()
+
+    async def _deliver(self, instance: CachedInstance, reader: InstanceReader) -> Delivered:
+        if self._destination is None:
+            self._destination = self._open()
+        return await self._destination.deliver(instance, reader)
+
+    async def close(self) -> None:
+        """Let the destination go. Never raises."""
+        destination, self._destination = self._destination, None
+        if destination is None:
+            return
+        try:
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await destination.close()
+        except Exception as error:
+            _log.warning(
+                "destination_close_failed",
+                destination_ae_title=self._ae_title,
+                **error_fields(error),
+            )
+
+
+@dataclass(slots=True)
+class DeliveryReport:
+    """What one study's delivery came to; numbers of instances by source for the audit."""
+
+    delivered: Tallies[str] = field(default_factory=Tallies)
+    failed: Tallies[str] = field(default_factory=Tallies)
+    delivered_bytes: int = 0
+    outcome: FlightOutcome | None = None
+
+
+async def deliver_study(
+    subscription: Subscription,
+    outlet: Outlet,
+    store: InstanceStore,
+    part: Part,
+    report: DeliveryReport,
+    progressed: Callable[[], None],
+) -> None:
+    """Send what *subscription* yields, until it ends or the destination is lost.
+
+    *part* and *report* are kept true all along, *progressed* is called after
+    each change of *part*. A crash or cancellation leaves them as they are then.
+    """
+
+    def revise() -> None:
+        before = part.remaining
+        part.expect(subscription.expected)
+        if part.remaining != before:
+            progressed()
+
+    subscription.on_change = revise
+    revise()
+    try:
+        async for item in subscription:
+            if isinstance(item, FlightOutcome):
+                _conclude(item, subscription, part, report)
+                progressed()
+                return
+            sent = await _send(item, subscription, outlet, store)
+            if sent is None:
+                if outlet.lost is None:
+                    if outlet.stopped:
+                        # Not sent, so still remaining.
+                        report.outcome = FlightOutcome(stopped=True)
+                        return
+                    continue  # it will come again, in one piece
+                _lose(item, subscription, part, report)
+                progressed()
+                return
+            part.add(sent, item.sop_instance_uid)
+            part.expect(subscription.expected)
+            _SUB_OPERATIONS.labels(str(sent)).inc()
+            if sent is Delivered.FAILED:
+                report.failed[item.source] += 1
+            else:
+                report.delivered[item.source] += 1
+                report.delivered_bytes += item.size
+                _BYTES.inc(item.size)
+            progressed()
+    finally:
+        subscription.on_change = None
+
+
+async def _send(
+    instance: CachedInstance, subscription: Subscription, outlet: Outlet, store: InstanceStore
+) -> Delivered | None:
+    """Deliver one instance; a damaged one is fetched again once, and then comes later."""
+    try:
+        return await outlet.send(store, instance)
+    except (FileNotFoundError, Refused):
+        again = await subscription.replace(instance)
+        _log.warning(
+            "instance_damaged",
+            study_instance_uid=instance.study_instance_uid,
+            sop_instance_uid=instance.sop_instance_uid,
+            source=instance.source,
+            result="fetched_again" if again else "failed",
+        )
+        return None if again else Delivered.FAILED
+    except Exception as error:
+        _log.error(
+            "instance_not_delivered",
+            study_instance_uid=instance.study_instance_uid,
+            sop_instance_uid=instance.sop_instance_uid,
+            **error_fields(error),
+        )
+        return Delivered.FAILED
+
+
+def _conclude(
+    outcome: FlightOutcome, subscription: Subscription, part: Part, report: DeliveryReport
+) -> None:
+    report.outcome = outcome
+    if outcome.stopped:
+        return
+    before = part.failed
+    part.fail(outcome.failed)
+    missed = part.failed - before
+    _SUB_OPERATIONS.labels(str(Delivered.FAILED)).inc(missed)
+    if missed:
+        holder = subscription.holders[0].name if subscription.holders else ""
+        report.failed[holder] += missed
+    part.expect(part.done)
+    if not outcome.complete:
+        part.failure = SUB_OPERATIONS_FAILED if outcome.reached else NUMBER_OF_MATCHES_UNKNOWN
+
+
+def _lose(
+    instance: CachedInstance, subscription: Subscription, part: Part, report: DeliveryReport
+) -> None:
+    """Count as Failed what the destination will not get, known to exist or about to come."""
+    before = part.failed
+    part.failure = SUB_OPERATIONS_FAILED
+    part.fail([instance.sop_instance_uid])
+    part.fail(uid for uid in subscription.undelivered())
+    part.expect(subscription.expected)
+    part.fail_remaining()
+    _SUB_OPERATIONS.labels(str(Delivered.FAILED)).inc(part.failed - before)
+    report.failed[instance.source] += part.failed - before
