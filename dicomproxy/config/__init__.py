@@ -8,7 +8,44 @@ found and what was expected.
 from __future__ import annotations
 
 from dicomproxy.config.faults import ConfigError, Fault
-from dicomproxy.config.loader import load_config
-from dicomproxy.config.model import Config
+from dicomproxy.config.loader import json_schema, load, loads
+from dicomproxy.config.model import (
+    AuditSection,
+    BreakerSection,
+    CacheSection,
+    CallerEntry,
+    LimitsSection,
+    LocalSection,
+    LogSection,
+    ProxySection,
+    RetrieveSection,
+    Settings,
+    SourceEntry,
+    StateSection,
+    TimersSection,
+    WebSection,
+    WorkstationEntry,
+)
 
-__all__ = ["Config", "ConfigError", "Fault", "load_config"]
+__all__ = [
+    "AuditSection",
+    "BreakerSection",
+    "CacheSection",
+    "CallerEntry",
+    "ConfigError",
+    "Fault",
+    "LimitsSection",
+    "LocalSection",
+    "LogSection",
+    "ProxySection",
+    "RetrieveSection",
+    "Settings",
+    "SourceEntry",
+    "StateSection",
+    "TimersSection",
+    "WebSection",
+    "WorkstationEntry",
+    "json_schema",
+    "load",
+    "loads",
+]

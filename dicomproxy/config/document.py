@@ -234,10 +234,12 @@ def _forget(tree: Tree) -> None:
 
 def _events(loader: yaml.BaseLoader) -> Iterator[yaml.Event]:
     while loader.check_event():
-        yield loader.get_event()
+        yield loader.get_event()  # type: ignore[no-untyped-call]
 
 
 def _place(event: yaml.Event) -> tuple[int, int]:
+    if event.start_mark is None:  # the type allows it; the parser always sets one
+        return 1, 1
     return event.start_mark.line + 1, event.start_mark.column + 1
 
 

@@ -1,7 +1,7 @@
 """What is wrong with a configuration file, in words for the person who wrote it.
 
 Rule kept: the value of a key that the model does not know is never shown, since
-it may be a password written under the wrong name.
+it may be a password written under the wrong name, nor is any text with an @.
 """
 
 from __future__ import annotations
@@ -71,6 +71,9 @@ def show_text(text: str) -> str:
 
 def show_value(value: object) -> str:
     """Describe what stands in the file: a scalar as it is written, anything else by its kind."""
+    if isinstance(value, str) and "@" in value:
+        # No value of ours has one, but https://user:password@host does.
+        return "text with an @ (not shown, it may hold a password)"
     return _TYPE_WORDS.get(type(value)) or show_text(str(value))
 
 

@@ -23,7 +23,8 @@ from dicomproxy.config.transfer_syntaxes import BY_KEYWORD
 Network = IPv4Network | IPv6Network
 
 
-@dataclass(frozen=True, slots=True)
+# By identity: a schema is a mapping, which has no hash.
+@dataclass(frozen=True, slots=True, eq=False)
 class Kind:
     """One kind of scalar: what it expects, how it converts, how an editor checks it.
 
@@ -219,6 +220,21 @@ def _flag(value: object) -> bool:
     return _FLAGS[value.lower()]
 
 
+def choice(*words: str, later: tuple[str, ...] = ()) -> Kind:
+    """Return the kind of one word among several; *later* are words of a coming version."""
+
+    def convert(value: object) -> str:
+        text = _text(value)
+        if text in later:
+            raise ValueError(f"{text} is not available in this version")
+        if text not in words:
+            meant = closest(text, words)
+            raise ValueError(f"did you mean {meant}?" if meant and len(words) > 1 else "")
+        return text
+
+    return Kind(" or ".join(words), convert, {"enum": list(words)})
+
+
 Fraction = Annotated[
     float,
     Kind(
@@ -227,6 +243,8 @@ Fraction = Annotated[
         {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
     ),
 ]
+Duration = Annotated[float, duration()]
+Pause = Annotated[float, duration(zero=True)]
 Flag = Annotated[bool, Kind("true or false", _flag, {"type": "boolean"})]
 Port = Annotated[int, whole(1, 65535, "a port")]
 BindPort = Annotated[int, whole(0, 65535, "a port (0 takes a free one),")]
