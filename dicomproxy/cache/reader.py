@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Final
@@ -47,6 +47,23 @@ def open_whole(path: Path, instance: CachedInstance, *, check_crc: bool) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def whole_instances(directory: Path, instances: Iterable[CachedInstance]) -> set[str]:
+    """Return the SOP Instance UIDs of those whose files in *directory* have the right CRC.
+
+    Raises:
+        OSError: the process may not, or cannot, open files.
+    """
+    whole = set()
+    for instance in instances:
+        try:
+            fd = open_whole(directory / instance.file_name, instance, check_crc=True)
+        except NotWhole:
+            continue
+        os.close(fd)
+        whole.add(instance.sop_instance_uid)
+    return whole
 
 
 def _crc32(fd: int, offset: int) -> int | None:
