@@ -203,8 +203,8 @@ class Flight:
                 subscription.satisfied = True
         failed = tuple(
             uid
-            for uid in {**subscription.listed, **subscription.also}
-            if uid not in subscription.exclude and not self.available(subscription, uid)
+            for uid, series in {**subscription.listed, **subscription.also}.items()
+            if not subscription.is_excluded(series, uid) and not self.available(subscription, uid)
         )
         for leg in legs:
             if leg.blamed and standings[leg.name] in (Standing.SHORT, Standing.UNREACHABLE):
@@ -241,7 +241,7 @@ class Flight:
             for uid in instances
         )
         if not manifests:
-            whole = subscription.selection.level is Level.STUDY and not subscription.exclude
+            whole = subscription.selection.level is Level.STUDY and not subscription.is_narrowed
         elif not any(standing is Standing.PROVEN for standing in standings.values()):
             return
         if whole != self.lease.complete:
@@ -300,8 +300,12 @@ class Flight:
                     series_uid = next(iter(subscription.selection.series_instance_uids), "")
                     for uid in subscription.selection.sop_instance_uids:
                         listed.setdefault(uid, series_uid)
-            for uid in subscription.exclude:
-                listed.pop(uid, None)
+            if subscription.is_narrowed:
+                listed = {
+                    uid: series
+                    for uid, series in listed.items()
+                    if not subscription.is_excluded(series, uid)
+                }
             subscription.relist(listed)
 
     def wake(self) -> None:

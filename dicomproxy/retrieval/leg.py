@@ -197,7 +197,7 @@ class Leg:
     def _at_once(self, subscription: Subscription) -> list[RetrieveOrder]:
         """Order what can be ordered before the manifest is known: what is surely not here."""
         wanted = subscription.selection
-        if subscription.exclude or subscription.listed or self._gave_up:
+        if subscription.is_narrowed or subscription.listed or self._gave_up:
             return []
         held = self._flight.lease.instances
         if wanted.level is Level.STUDY:
@@ -300,7 +300,8 @@ class Leg:
         missing = {
             uid: series
             for uid, series in wanted.items()
-            if uid not in subscription.exclude and not self._flight.available(subscription, uid)
+            if not subscription.is_excluded(series, uid)
+            and not self._flight.available(subscription, uid)
         }
         subscription.pending = set(missing)
         waiting = False
@@ -326,7 +327,7 @@ class Leg:
         if subscription.selection.level is Level.SERIES:
             return sorted(subscription.selection.series_instance_uids - subscription.exclude_series)
         series = set(self.manifest.series) if self.manifest is not None else set()
-        if subscription.satisfied or subscription.exclude:
+        if subscription.satisfied or subscription.is_narrowed:
             # The rest is had from elsewhere; only series that are not are of interest.
             elsewhere = subscription.exclude_series | set(subscription.listed.values())
             return sorted(series - elsewhere)

@@ -122,7 +122,9 @@ class Subscription:
     def _takes(self, instance: CachedInstance) -> bool:
         uid = instance.sop_instance_uid
         wanted = self.selection.covers(instance.series_instance_uid, uid) or uid in self.also
-        if not wanted or uid in self._served or uid in self.exclude:
+        if not wanted or uid in self._served:
+            return False
+        if self.is_excluded(instance.series_instance_uid, uid):
             return False
         if not self._flight.available(self, uid):
             return False
@@ -155,6 +157,15 @@ class Subscription:
     def changed(self) -> None:
         if self.on_change is not None:
             self.on_change()
+
+    def is_excluded(self, series_instance_uid: str, sop_instance_uid: str) -> bool:
+        """Tell whether an instance is had from elsewhere."""
+        return sop_instance_uid in self.exclude or series_instance_uid in self.exclude_series
+
+    @property
+    def is_narrowed(self) -> bool:
+        """Whether anything is had from elsewhere."""
+        return bool(self.exclude or self.exclude_series)
 
     def stop(self) -> None:
         """Have the iteration end at once, with an outcome that says so."""
