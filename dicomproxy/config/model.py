@@ -201,7 +201,7 @@ class WorkstationEntry(Section):
         None,
     )
     deliver_as: AETitle | None = key(
-        "AE title with which deliveries call it (default: the title it called)", None
+        "Calling AE title of deliveries to it (default: the title that it called)", None
     )
     associations: Annotated[int, whole(1, 64)] = key(
         "Associations on which one delivery may send to it", "2"

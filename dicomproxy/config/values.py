@@ -350,7 +350,7 @@ Networks = Annotated[
         ],
         ...,
     ],
-    OneOrMany(),
+    OneOrMany(at_least=1),
 ]
 Senders = Annotated[
     tuple[
