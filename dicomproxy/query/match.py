@@ -37,6 +37,7 @@ _NEVER_MATCHED: Final = frozenset(
     }
 )
 _ISSUER_OF_PATIENT_ID: Final = 0x00100021
+_IDENTITY: Final = frozenset({PATIENT_ID, _ISSUER_OF_PATIENT_ID})  # judged by same_patient
 _WILD_CARD_VRS: Final = frozenset({"AE", "CS", "LO", "LT", "PN", "SH", "ST", "UC", "UR", "UT"})
 _NUMBER_VRS: Final = frozenset(
     {"DS", "IS", "FD", "FL", "SL", "SS", "SV", "UL", "US", "UV"}
@@ -82,7 +83,7 @@ def matches(answer: Identifier, keys: Identifier, level: Level) -> bool:
     return all(
         _element_matches(keys, element, answer)
         for element in keys
-        if element.tag not in _NEVER_MATCHED and element.tag != _ISSUER_OF_PATIENT_ID
+        if element.tag not in _NEVER_MATCHED and element.tag not in _IDENTITY
     )
 
 
