@@ -18,7 +18,7 @@ from dicomproxy.config import Settings
 from dicomproxy.config.model import LocalSection, SourceEntry, WorkstationEntry
 from dicomproxy.destinations.workstation import Workstation, WorkstationSettings
 from dicomproxy.dimse.layer import Limits, Timers, UpperLayer
-from dicomproxy.ports import LOCAL, Caller, Originator
+from dicomproxy.ports import LOCAL, Caller, Destination, Originator
 from dicomproxy.query.coordinator import QueryCoordinator
 from dicomproxy.retrieval.arrivals import FlightArrivals
 from dicomproxy.retrieval.coordinator import DestinationPlan, RetrieveCoordinator
@@ -208,7 +208,7 @@ class Directory:
         return plan
 
 
-def _unknown() -> None:
+def _unknown() -> Destination:
     raise LookupError("the destination is not known")
 
 
@@ -280,6 +280,7 @@ class Routing:
     async def close(self) -> None:
         """End what is still asked of sources, and their associations."""
         await self.queries.close()
+        await self.retrieves.close()
         await self.local.close()
         for archive in self.archives:
             await archive.close()

@@ -89,8 +89,8 @@ def _query(console: Console, region: Region) -> list[Dataset]:
         for one in instances
     }
     table = Table(title="The workstation asks for one patient's studies", title_justify="left")
-    for heading in ("Date", "Modality", "Description", "Images", "Retrieve from", "Really held by"):
-        table.add_column(heading)
+    for heading in ("Date", "Modality", "Description", "Images", "Retrieve AE", "Held by"):
+        table.add_column(heading, no_wrap=True)
     for row in sorted(rows, key=lambda row: str(row.StudyDate), reverse=True):
         modalities = row.ModalitiesInStudy
         table.add_row(

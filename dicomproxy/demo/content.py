@@ -37,7 +37,7 @@ class Study:
 
 _STUDIES: Final = (
     Study("local", "20260302", "CT thorax, today", ("CT_small.dcm",)),
-    Study("local", "20240611", "Radiotherapy plan", ("rtplan.dcm", "rtdose.dcm", "rtstruct.dcm")),
+    Study("local", "20240611", "Radiotherapy plan", ("rtplan.dcm", "rtdose.dcm")),
     Study("north", "20231120", "MR head, elsewhere", ("MR_small.dcm", "MR_small_RLE.dcm")),
     Study(
         "south", "20220815", "Secondary captures", ("SC_rgb_rle.dcm", "JPEG2000.dcm", "test-SR.dcm")

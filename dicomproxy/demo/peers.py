@@ -69,8 +69,9 @@ class Archive:
         return Node(self.ae_title, "127.0.0.1", self._server.server_address[1])
 
     def stop(self) -> None:
-        if self._server is not None:
-            self._server.shutdown()
+        server, self._server = self._server, None
+        if server is not None:
+            server.shutdown()
 
     def _matching(self, identifier: Dataset) -> list[Dataset]:
         found = self.instances
@@ -169,8 +170,9 @@ class Workstation:
         return Node(self.ae_title, "127.0.0.1", self._server.server_address[1])
 
     def stop(self) -> None:
-        if self._server is not None:
-            self._server.shutdown()
+        server, self._server = self._server, None
+        if server is not None:
+            server.shutdown()
 
     def _store(self, event: Any) -> int:
         received = Received(

@@ -91,7 +91,7 @@ class Region:
         configuration = Path(self._directory.name) / "dicomproxy.yaml"
         configuration.write_text(self._yaml(nodes, reading, web_port), encoding="utf-8")
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
+            self._process = subprocess.Popen(  # noqa: S603  (this interpreter, our own module)
                 [sys.executable, "-m", "dicomproxy", "serve", "--config", str(configuration)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,

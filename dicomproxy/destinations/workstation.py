@@ -51,12 +51,12 @@ _RELEASE_SECONDS: Final = 5.0
 _WARNINGS: Final = frozenset({0x0107, 0x0116})  # PS3.7 C.4.2; the Bxxx ones besides
 
 _DELIVERED = Counter(
-    "dicomproxy_delivered_instances_total",
+    "dicomproxy_destination_instances_total",
     "Instances offered to workstations.",
     ("destination_ae_title", "outcome"),
 )
 _BYTES = Counter(
-    "dicomproxy_delivered_bytes_total",
+    "dicomproxy_destination_bytes_total",
     "Data set bytes delivered to workstations.",
     ("destination_ae_title",),
 )

@@ -126,9 +126,7 @@ class AccessControl:
         elif from_region:
             # Another proxy, or an archive that asks back: it is answered from here alone.
             caller = Caller(calling_ae_title, address, called_ae_title, is_source=True)
-        return Peer(
-            calling_ae_title, called_ae_title, address, caller, sends_for, may_retrieve
-        )
+        return Peer(calling_ae_title, called_ae_title, address, caller, sends_for, may_retrieve)
 
     async def _may_call_from(
         self, entry: KnownPeer, address: IPv4Address | IPv6Address | None

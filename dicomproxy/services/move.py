@@ -8,6 +8,7 @@ their own, so that a requester that reads slowly cannot hold up a delivery.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -97,7 +98,7 @@ async def serve_move(
         outcome = await retrieve.run()
         informing.stop()
     operation.completed, operation.failed = outcome.completed, outcome.failed
-    operation.warning, operation.remaining = outcome.warning, outcome.remaining or 0
+    operation.warning, operation.remaining = outcome.warning, outcome.remaining
     try:
         await _send_final(association, message, outcome, operation)
     except AssociationError:
@@ -136,14 +137,14 @@ class _Informer:
             except TimeoutError:
                 pass
             self._news.clear()
-            tally = self._retrieve.tally
+            counts = self._retrieve.counts
             pending = response(
                 self._message.command,
                 PENDING,
-                remaining=min(tally.remaining, _MOST_COUNT),
-                completed=min(tally.completed, _MOST_COUNT),
-                failed=min(tally.failed, _MOST_COUNT),
-                warning=min(tally.warning, _MOST_COUNT),
+                remaining=min(counts.remaining, _MOST_COUNT),
+                completed=min(counts.completed, _MOST_COUNT),
+                failed=min(counts.failed, _MOST_COUNT),
+                warning=min(counts.warning, _MOST_COUNT),
             )
             try:
                 await self._association.send(self._message.context, pending)
@@ -152,11 +153,11 @@ class _Informer:
 
 
 def _copy_counts(retrieve: RetrieveOperation, operation: Operation) -> None:
-    tally = retrieve.tally
-    operation.remaining, operation.completed = tally.remaining, tally.completed
-    operation.failed, operation.warning = tally.failed, tally.warning
+    counts = retrieve.counts
+    operation.remaining, operation.completed = counts.remaining, counts.completed
+    operation.failed, operation.warning = counts.failed, counts.warning
     operation.bytes = retrieve.bytes
-    operation.moved = asyncio.get_running_loop().time()
+    operation.moved = time.monotonic()
 
 
 async def _send_final(
@@ -177,7 +178,9 @@ async def _send_final(
         identifier = Identifier()
         identifier.set_text(_FAILED_SOP_INSTANCE_UID_LIST, listed)
         data = identifier.encode(syntax)
-    await association.send(message.context, _final(message.command, outcome, bool(data)), data)
+    await association.send(
+        message.context, _final(message.command, outcome, bool(data)), data or None
+    )
 
 
 def _final(to: Command, outcome: RetrieveOutcome, data_set: bool) -> Command:

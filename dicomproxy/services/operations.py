@@ -27,9 +27,6 @@ _SECONDS = Histogram(
     ("kind",),
     buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000),
 )
-_SUB_OPERATIONS = Counter(
-    "dicomproxy_sub_operations_total", "Sub-operations of retrieves.", ("outcome",)
-)
 
 _log = get_logger()
 
@@ -93,8 +90,6 @@ class Operations:
         _SECONDS.labels(operation.kind).observe(seconds)
         good = status in (0x0000, 0xFE00)
         if operation.kind == "retrieve":
-            for outcome in ("completed", "failed", "warning"):
-                _SUB_OPERATIONS.labels(outcome).inc(getattr(operation, outcome))
             facts = {
                 "destination_ae_title": operation.destination_ae_title,
                 "completed": operation.completed,
