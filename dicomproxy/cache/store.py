@@ -200,6 +200,11 @@ class DiskInstanceStore:
         """Every study held, the last used first."""
         return self._keeper.table.listing()
 
+    def is_complete(self, study_instance_uid: str) -> bool:
+        """Tell whether a study is held whole."""
+        study = self._keeper.table.get(study_instance_uid)
+        return study is not None and study.complete
+
     async def verify(self, study_instance_uid: str) -> list[str]:
         """Compare every instance of a study with its CRC-32; remove and return the damaged ones.
 
