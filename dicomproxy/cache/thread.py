@@ -141,8 +141,8 @@ class WriterThread:
         """Do *job* and what else is queued already; False once told to end."""
         pending: dict[Sink, list[memoryview]] = {}
         releases: list[Callable[[], None]] = []
-        size = 0
-        for _ in range(_BATCH_JOBS):
+        size = done = 0
+        while True:
             if isinstance(job, tuple):
                 sink, segments, release = job
                 pending.setdefault(sink, []).extend(segments)
@@ -153,7 +153,8 @@ class WriterThread:
                 if job is None:
                     return False
                 job()
-            if size >= _BATCH_BYTES:
+            done += 1
+            if size >= _BATCH_BYTES or done == _BATCH_JOBS:
                 break
             try:
                 job = self._queue.get_nowait()
