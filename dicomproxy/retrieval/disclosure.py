@@ -75,7 +75,7 @@ def disclosure_events(
             status=status,
         )
 
-    events = []
+    events: list[AuditEvent] = []
     for disclosure in disclosures:
         study, report = disclosure.study, disclosure.report
         sources = list(dict.fromkeys([*report.delivered, *report.failed]))

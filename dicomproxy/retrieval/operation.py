@@ -43,7 +43,6 @@ from dicomproxy.retrieval.tally import (
     Tally,
     final_status,
 )
-
 from dicomproxy.tasks import OwnerClosed
 
 if TYPE_CHECKING:
