@@ -247,7 +247,8 @@ def _syntax_fault(file: str, error: yaml.MarkedYAMLError) -> Fault:
     """Put the parser's complaint in words; what it quotes is left out, it may be a secret."""
     problem = error.problem or "text that is not YAML"
     mark = error.problem_mark
-    if "end of stream" in problem and error.context_mark is not None:
+    unclosed = "end of stream" in problem or "<stream end>" in problem
+    if unclosed and error.context_mark is not None:
         # What is never closed is found at the end, and mended where it opens.
         mark = error.context_mark
     expected = "valid YAML"
