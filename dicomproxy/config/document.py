@@ -28,7 +28,10 @@ MAX_DEPTH: Final = 12
 """Containers in containers; the model needs five."""
 
 _NULLS: Final = frozenset({"", "~", "null", "Null", "NULL"})
-_QUOTED: Final = re.compile(r" ?'(?!<[a-z ]+>'|\\?.')[^']*'")
+_EXPECTED: Final = re.compile(r"expected (.+), but (?:found|got) (.+)")
+_TOKENS: Final = {"'<stream end>'": "the end of the file"}
+_QUOTED: Final = re.compile(r""" ?(?:'((?:\\.|[^'\\])*)'|"((?:\\.|[^"\\])*)")""")
+_HARMLESS: Final = re.compile(r"<[a-z ]+>|\\?.")
 
 
 @dataclass(slots=True)
@@ -243,6 +246,11 @@ def _place(event: yaml.Event) -> tuple[int, int]:
     return event.start_mark.line + 1, event.start_mark.column + 1
 
 
+def _unless_harmless(quoted: re.Match[str]) -> str:
+    """Keep one character or the name of a token; leave out what is longer, a piece of the file."""
+    return quoted[0] if _HARMLESS.fullmatch(quoted[1] or quoted[2] or "") else ""
+
+
 def _syntax_fault(file: str, error: yaml.MarkedYAMLError) -> Fault:
     """Put the parser's complaint in words; what it quotes is left out, it may be a secret."""
     problem = error.problem or "text that is not YAML"
@@ -254,11 +262,15 @@ def _syntax_fault(file: str, error: yaml.MarkedYAMLError) -> Fault:
     expected = "valid YAML"
     if r"'\t'" in problem:
         problem, expected = "a tab", "spaces: YAML does not indent with tabs"
-    elif "expected ':'" in problem or "mapping values" in problem:
+    elif "could not find expected ':'" in problem or "mapping values" in problem:
         expected = "a key, a colon and a space, then its value (quoted if it holds ': ')"
     elif "<block end>" in problem or "<document start>" in problem:
         expected = "the keys of one group to begin in the same column"
-    problem = _QUOTED.sub("", problem).removeprefix("found ")
+    problem = _QUOTED.sub(_unless_harmless, problem).removeprefix("found ")
+    if (halves := _EXPECTED.fullmatch(problem)) is not None:
+        problem = _TOKENS.get(halves[2], halves[2])
+        if expected == "valid YAML":
+            expected = f"valid YAML: {halves[1].replace('the node content', 'a value')}"
     if error.context and error.context_mark is not None:
         began = error.context_mark.line + 1
         problem = f"{problem} ({_QUOTED.sub('', error.context)} that began in line {began})"

@@ -48,6 +48,8 @@ def test_every_node_has_its_place() -> None:
         ("? [a, b]\n: 1\n", 1, "", "a key that is not a word"),
         ("a:\n\t- 1\n", 2, "", "a tab"),
         ("a: [1, 2\n", 1, "", "while parsing a flow sequence"),
+        ("a: [1, 2\n", 1, "", "the end of the file"),
+        ("a: {b: 1\nc: 2\n", 2, "", "':' (while parsing a flow mapping"),
         ("a: b: c\n", 1, "", "mapping values are not allowed here"),
         ("a: 1\x00\n", 1, "", "the character U+0000, which YAML does not allow"),
         ('a: "\\UFFFFFFFF"\n', 1, "", "an escape or a number out of range"),
@@ -71,7 +73,12 @@ def test_deep_nesting_is_a_fault() -> None:
 
 def test_what_the_parser_quotes_is_not_shown() -> None:
     """A syntax fault never repeats the text around it, which may be a password."""
-    for text in ("password: *hunter2\n", "password: !hunter2 x\n", "password: 'hunter2\n"):
+    for text in (
+        "password: *hunter2\n",
+        "password: !hunter2 x\n",
+        "p: 'hunter2\n",
+        "p: !hunter2!x y\n",
+    ):
         faults = parse(text, "f").faults
         assert faults
         assert "hunter2" not in " ".join(map(str, faults))
