@@ -80,7 +80,9 @@ def test_every_key_is_explained() -> None:
 @pytest.mark.parametrize(("name", "block"), yaml_blocks())
 def test_configurations_in_the_docs_load(name: str, block: str) -> None:
     """A reader may copy any configuration that the docs show, an excerpt into a whole one."""
-    absent = [line for line in REST if not re.search(f"^{line.split(':')[0]}:", block, re.M)]
+    absent = [
+        line for line in REST if not re.search(f"^{line.split(':')[0]}:", block, re.MULTILINE)
+    ]
     loads("\n".join([block, *absent]), name)
 
 
