@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from types import MappingProxyType
 from typing import Final
 
 from dicomproxy.dataset.identifier import Identifier, IdentifierError
@@ -20,10 +19,8 @@ from dicomproxy.ports import LocalAnswer
 from dicomproxy.query.match import matches, same_patient
 from dicomproxy.query.rows import Answer, Style, local_row, remote_row
 
-MAX_ROWS_PER_SOURCE: Final = MappingProxyType(
-    {Level.PATIENT: 1000, Level.STUDY: 1000, Level.SERIES: 20_000, Level.IMAGE: 20_000}
-)
-"""Rows that one source may add to one answer; a patient has fewer studies, a study fewer images."""
+MAX_ROWS_PER_SOURCE: Final = 20_000
+"""Rows that one source may add to one answer: a backstop behind the source's own cap."""
 
 _MAX_KEYS: Final = 100_000  # some 15 MB; an answer that long no longer needs merging
 
@@ -154,7 +151,7 @@ class Merge:
             if held is not None and source not in held.holders:
                 held.holders.append(source)
             return Verdict.DUPLICATE
-        if self._rows.get(source, 0) >= MAX_ROWS_PER_SOURCE[self._level]:
+        if self._rows.get(source, 0) >= MAX_ROWS_PER_SOURCE:
             return Verdict.TOO_MANY
         self._rows[source] = self._rows.get(source, 0) + 1
         self._held[key] = _Held(row, study, [source])

@@ -33,6 +33,8 @@ ISSUER_OF_PATIENT_ID: Final = 0x00100021
 
 IDENTIFIER_DOES_NOT_MATCH: Final = 0xA900
 
+_MAX_MATCHES_OF_ONE_STUDY: Final = 20_000  # a list of images that is cut would hide some
+
 _UID: Final = re.compile(r"[0-9.]{1,64}")
 _WILD_CARDS: Final = re.compile(r"[*?]")
 _NOT_ASKED_OF_SOURCES: Final = (RETRIEVE_AE_TITLE, INSTANCE_AVAILABILITY)
@@ -190,7 +192,12 @@ def _routed(
                 questions[name].append(study)
     # One question a study: above the level an archive takes a single value (PS3.4 C.4.1.3.1).
     queries = {
-        study: SourceQuery(request.level, source_identifier(request, study)) for study in studies
+        study: SourceQuery(
+            request.level,
+            source_identifier(request, study),
+            max_matches=_MAX_MATCHES_OF_ONE_STUDY,
+        )
+        for study in studies
     }
     legs = tuple(
         SourceLeg(name, tuple(queries[study] for study in asked), tuple(asked))

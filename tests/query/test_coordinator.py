@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -20,6 +20,7 @@ from dicomproxy.dataset.levels import (
 )
 from dicomproxy.ports import Failure, LocalAnswer, Location, SourceError
 from dicomproxy.query import coordinator as module
+from dicomproxy.query import merge
 from dicomproxy.query.coordinator import Answer, QueryCoordinator, QuerySummary
 from tests.query.builders import (
     EXPLICIT,
@@ -340,6 +341,7 @@ async def test_an_answer_that_never_ends_is_capped(
     monkeypatch: pytest.MonkeyPatch, log_watch: LogWatch
 ) -> None:
     """A source that pours out rows is cut off, and that is logged."""
+    monkeypatch.setattr(merge, "MAX_ROWS_PER_SOURCE", 1000)
     north = ScriptedSource("north", *(study_row(f"1.{number}") for number in range(1500)), never())
     async with bench(ScriptedLocal(), north) as it:
         answers = await it.answers()
@@ -517,7 +519,7 @@ async def test_what_cannot_be_answered_is_refused_without_asking_anybody(
             operation_id="op1",
             local_calling_ae_title="READING1",
         )
-        answers = [answer async for answer in cast(AsyncIterator[Answer], found)]
+        answers = [answer async for answer in found]
     assert [(answer.status, answer.offending_element) for answer in answers] == [
         (status, offending)
     ]

@@ -61,8 +61,7 @@ NAME = 0x00100010
 @pytest.mark.parametrize("root", list(Root))
 def test_who_is_asked(root: Root, level: str, keys: dict[str, Any], asked: bool) -> None:
     """One patient or named studies go to every visible source; all else stays in the house."""
-    if root is Root.STUDY and level == "PATIENT":
-        pytest.skip("no such level")
+    root = Root.PATIENT if level == "PATIENT" else root
     decided = plan(request(root, level, **keys), caller(), SOURCES)
     assert [leg.source for leg in decided.legs] == (list(SOURCES) if asked else [])
     assert bool(decided.local_only) is not asked
@@ -119,6 +118,9 @@ def test_series_of_several_studies_are_asked_for_one_by_one() -> None:
     assert (north.study_instance_uids, south.study_instance_uids) == (("1.2", "1.3"), ("1.3",))
     questions = [query.identifier.values(STUDY_INSTANCE_UID) for query in north.queries]
     assert questions == [("1.2",), ("1.3",)]
+    # A patient has fewer studies than a study has images, of which none may be cut off.
+    assert all((query.max_matches or 0) > 10_000 for query in north.queries)
+    assert plan(request(PatientID="P1"), caller(), SOURCES).legs[0].queries[0].max_matches is None
 
 
 @pytest.mark.parametrize(
