@@ -73,8 +73,8 @@ class Application:
         self.layer: UpperLayer
         self.store: DiskInstanceStore
         self.flights: Flights
-        self.listener: Listener
-        self.routing: Routing
+        self.listener: Listener | None = None
+        self.routing: Routing | None = None
         self._foundation: Foundation
 
     async def start(self) -> None:
@@ -114,18 +114,18 @@ class Application:
             self.layer, self.store, locations, audit, self.flights, self.operations
         )
         self._stack.push_async_callback(self.layer.close, _FAREWELL_SECONDS)
-        self.routing = Routing(settings, self._foundation)
+        routing = self.routing = Routing(settings, self._foundation)
         self._stack.push_async_callback(self._close_routing)
         self._stack.push_async_callback(self._tasks.close)
-        self.listener = Listener(
+        listener = self.listener = Listener(
             self.layer,
-            self.routing.acceptor,
+            routing.acceptor,
             max_associations=settings.proxy.max_associations,
         )
-        self._stack.push_async_callback(self.listener.close)
+        self._stack.push_async_callback(listener.close)
         self.web_port = await web.start()
         self._stack.push_async_callback(web.close)
-        self.port = await self.listener.start(settings.proxy.host, settings.proxy.port)
+        self.port = await listener.start(settings.proxy.host, settings.proxy.port)
         self.ready = True
         _log.info(
             "started",
@@ -138,7 +138,8 @@ class Application:
         )
 
     async def _close_routing(self) -> None:
-        await self.routing.close()
+        if self.routing is not None:
+            await self.routing.close()
 
     # ----------------------------------------------------------------- running
 
@@ -166,7 +167,8 @@ class Application:
     async def drain(self) -> None:
         """Take no more work, let what is under way end within the grace period, else cancel it."""
         self.draining = True
-        self.listener.drain()
+        if self.listener is not None:
+            self.listener.drain()
         try:
             async with asyncio.timeout(self.settings.proxy.shutdown_grace):
                 await self.operations.wait_idle()
@@ -198,7 +200,7 @@ class Application:
         Those that stand go on as they began. Keys that cannot change while
         running are named in the log and keep their old values.
         """
-        if self._config_file is None:
+        if self._config_file is None or self.listener is None or self.routing is None:
             return False
         try:
             settings = await asyncio.to_thread(load, self._config_file)

@@ -83,6 +83,7 @@ async def serve_move(
         local_calling_ae_title=local_calling_ae_title,
     )
     operation.cancel = retrieve.cancel
+    operation.phase = lambda: retrieve.phase
     if operation.cancelled:
         retrieve.cancel()
     news = asyncio.Event()

@@ -52,6 +52,16 @@ class Operation:
     bytes: int = 0
     cancelled: bool = False
     cancel: Callable[[], None] | None = None
+    phase: Callable[[], str] = str
+
+
+@dataclass(frozen=True, slots=True)
+class RecentFailure:
+    """An operation that did not end well; ``at`` in seconds since 1970."""
+
+    at: float
+    event: str
+    detail: str
 
 
 class Operations:
@@ -61,7 +71,7 @@ class Operations:
         self._prefix = secrets.token_hex(2)
         self._numbers = itertools.count(1)
         self.running: dict[str, Operation] = {}
-        self.recent_failures: deque[dict[str, Any]] = deque(maxlen=20)
+        self.recent_failures: deque[RecentFailure] = deque(maxlen=20)
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -112,14 +122,9 @@ class Operations:
             **facts,
         )
         if not good:
-            self.recent_failures.append(
-                {
-                    "at": time.time(),
-                    "event": operation.kind,
-                    "detail": f"{operation.operation_id} from {operation.caller_ae_title}: "
-                    + ("association lost" if status is None else f"status {status:04X}"),
-                }
-            )
+            ended = "association lost" if status is None else f"status {status:04X}"
+            detail = f"{operation.operation_id} from {operation.caller_ae_title}: {ended}"
+            self.recent_failures.append(RecentFailure(time.time(), operation.kind, detail))
 
     async def wait_idle(self) -> None:
         """Return once nothing is under way."""

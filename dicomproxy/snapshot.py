@@ -1,0 +1,98 @@
+"""Gathers what the status page shows from a running application."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import TYPE_CHECKING
+
+from dicomproxy import __version__
+from dicomproxy.services.operations import Operation
+from dicomproxy.sources.archive import Archive
+from dicomproxy.web import (
+    CacheStatus,
+    FailureStatus,
+    OperationStatus,
+    SourceStatus,
+    StatusSnapshot,
+)
+
+if TYPE_CHECKING:
+    from dicomproxy.app import Application
+
+
+def snapshot(application: Application) -> StatusSnapshot:
+    """Return the state of *application* at this moment; it may be starting still."""
+    proxy = application.settings.proxy
+    routing, listener = application.routing, application.listener
+    archives = [routing.local_archive, *routing.archives] if routing is not None else []
+    stats = application.store.stats()
+    return StatusSnapshot(
+        version=__version__,
+        started_at=application.started_at,
+        ready=application.ready,
+        draining=application.draining,
+        ae_titles=(proxy.ae_title, *proxy.aliases),
+        address=f"{proxy.host}:{application.port or proxy.port}",
+        associations=len(listener.accepted) if listener is not None else 0,
+        max_associations=proxy.max_associations,
+        sources=tuple(_source(archive) for archive in archives),
+        operations=tuple(
+            _operation(operation) for operation in application.operations.running.values()
+        ),
+        cache=CacheStatus(
+            bytes=stats.bytes,
+            max_size_bytes=stats.max_size_bytes,
+            studies=stats.studies,
+            instances=stats.instances,
+            pinned=stats.pinned,
+            in_use=stats.in_use,
+            spooled_bytes=stats.spooled_bytes,
+            hits=stats.hits,
+            misses=stats.misses,
+            evictions=stats.evictions,
+        ),
+        failures=tuple(
+            FailureStatus(failure.at, failure.event, failure.detail)
+            for failure in reversed(application.operations.recent_failures)
+        ),
+    )
+
+
+def _source(archive: Archive) -> SourceStatus:
+    settings, health = archive.settings, archive.health()
+    latencies = health.latencies
+    return SourceStatus(
+        name=settings.name,
+        ae_title=settings.ae_title,
+        address=f"{settings.host}:{settings.port}",
+        breaker=health.breaker,
+        last_success_at=health.last_success_at,
+        last_failure_at=health.last_failure_at,
+        last_failure=health.last_failure,
+        median_seconds=statistics.median(latencies) if latencies else None,
+        last_seconds=latencies[-1] if latencies else None,
+        in_use=health.in_use,
+        idle=health.idle,
+        ceiling=health.ceiling,
+    )
+
+
+def _operation(operation: Operation) -> OperationStatus:
+    now = time.monotonic()
+    return OperationStatus(
+        operation_id=operation.operation_id,
+        kind=operation.kind,
+        caller_ae_title=operation.caller_ae_title,
+        peer_address=operation.peer_address,
+        query_level=operation.query_level,
+        destination_ae_title=operation.destination_ae_title,
+        phase=operation.phase(),
+        remaining=operation.remaining,
+        completed=operation.completed,
+        failed=operation.failed,
+        warning=operation.warning,
+        bytes=operation.bytes,
+        duration_seconds=now - operation.started,
+        quiet_seconds=now - operation.moved,
+    )

@@ -1,0 +1,21 @@
+"""Edge: health, metrics and the status page, over HTTP."""
+
+from __future__ import annotations
+
+from dicomproxy.web.server import WebServer
+from dicomproxy.web.status import (
+    CacheStatus,
+    FailureStatus,
+    OperationStatus,
+    SourceStatus,
+    StatusSnapshot,
+)
+
+__all__ = [
+    "CacheStatus",
+    "FailureStatus",
+    "OperationStatus",
+    "SourceStatus",
+    "StatusSnapshot",
+    "WebServer",
+]

@@ -1,0 +1,86 @@
+"""What the status page shows, as plain values. No patient values are among them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class SourceStatus:
+    """One archive, ``local`` included; moments are seconds since 1970, 0 for never."""
+
+    name: str
+    ae_title: str
+    address: str
+    breaker: str
+    last_success_at: float
+    last_failure_at: float
+    last_failure: str
+    median_seconds: float | None
+    last_seconds: float | None
+    in_use: int
+    idle: int
+    ceiling: int
+
+
+@dataclass(frozen=True, slots=True)
+class OperationStatus:
+    """One query or retrieve under way; ``quiet_seconds`` is since anything moved."""
+
+    operation_id: str
+    kind: str
+    caller_ae_title: str
+    peer_address: str
+    query_level: str
+    destination_ae_title: str
+    phase: str
+    remaining: int
+    completed: int
+    failed: int
+    warning: int
+    bytes: int
+    duration_seconds: float
+    quiet_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStatus:
+    """How full the cache is."""
+
+    bytes: int
+    max_size_bytes: int
+    studies: int
+    instances: int
+    pinned: int
+    in_use: int
+    spooled_bytes: int
+    hits: int
+    misses: int
+    evictions: int
+
+
+@dataclass(frozen=True, slots=True)
+class FailureStatus:
+    """Something that went wrong lately."""
+
+    at: float
+    event: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class StatusSnapshot:
+    """Everything the page shows, at one moment."""
+
+    version: str
+    started_at: float
+    ready: bool
+    draining: bool
+    ae_titles: tuple[str, ...]
+    address: str
+    associations: int
+    max_associations: int
+    sources: tuple[SourceStatus, ...]
+    operations: tuple[OperationStatus, ...]
+    cache: CacheStatus
+    failures: tuple[FailureStatus, ...] = ()
