@@ -128,11 +128,15 @@ class Keeper:
 
     def sync(self, study: Study, contents: Contents) -> None:
         """Have what arrived since the last time on disk, in the background."""
-        if not study.unsynced or contents.journal is None:
+        if not study.unsynced:
+            return
+        directory = self.layout.study(study.study_instance_uid)
+        try:
+            sync_journal = self.journal(study, contents).sync_later()
+        except OSError as error:
+            self.room.not_recorded("not_synced", error)
             return
         names, study.unsynced = study.unsynced, []
-        directory = self.layout.study(study.study_instance_uid)
-        sync_journal = contents.journal.sync_later()
         self._syncing.submit(partial(self._sync, directory, names, sync_journal))
 
     def _sync(self, directory: Path, names: list[str], sync_journal: Callable[[], None]) -> None:

@@ -100,11 +100,12 @@ class DiskInstanceStore:
 
     def _open_directory(self) -> None:
         layout = self._keeper.layout
+        new = not layout.studies.exists()
         layout.create()
         self._lock.acquire()
         try:
-            clean = layout.clean.exists()
-            if clean:
+            clean = new or layout.clean.exists()
+            if clean and not new:
                 layout.clean.unlink()
                 # Else a power failure could bring the marker back.
                 sync_path(layout.root)
