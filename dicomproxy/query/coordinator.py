@@ -10,13 +10,9 @@ query.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
 from typing import Final, TypeVar
-
-from prometheus_client import Counter, Histogram
 
 from dicomproxy.dataset.identifier import Identifier, IdentifierError
 from dicomproxy.dataset.levels import PATIENT_ID, STUDY_INSTANCE_UID, Level, Root
@@ -24,7 +20,6 @@ from dicomproxy.logs import error_fields, get_logger
 from dicomproxy.ports import (
     LOCAL,
     Audit,
-    AuditEvent,
     Caller,
     Failure,
     LocalAnswer,
@@ -35,7 +30,8 @@ from dicomproxy.ports import (
     SourceError,
 )
 from dicomproxy.query.merge import Merge, Verdict
-from dicomproxy.query.plan import QueryRefused, QueryRequest, SourceLeg, plan, validate
+from dicomproxy.query.operation import SECONDS, WITHHELD, Leg, Query, QuerySummary
+from dicomproxy.query.plan import QueryRefused, QueryRequest, plan, validate
 from dicomproxy.query.rows import Answer, Style
 from dicomproxy.tasks import OwnerClosed, TaskOwner
 
@@ -57,100 +53,7 @@ _MAX_STUDIES_LOCATED: Final = 100
 
 _log = get_logger()
 
-_SECONDS = Histogram(
-    "dicomproxy_source_query_seconds",
-    "How long a source took to answer a query, failures included.",
-    ["source"],
-    buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30),
-)
-_FAILURES = Counter(
-    "dicomproxy_source_query_failures_total",
-    "Queries that a source did not answer, by reason.",
-    ["source", "failure"],
-)
-_WITHHELD = Counter(
-    "dicomproxy_source_rows_withheld_total",
-    "Rows of a source that were about another patient than the one asked for.",
-    ["source"],
-)
-
 T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class QuerySummary:
-    """What became of one query, for its log line; filled while it runs.
-
-    ``local_only`` says in a word why no source was asked.
-    """
-
-    root: str = ""
-    query_level: str = ""
-    local_matches: int = 0
-    remote_matches: int = 0
-    duplicates: int = 0
-    withheld: int = 0
-    sources: tuple[str, ...] = ()
-    failed_sources: tuple[str, ...] = ()
-    local_only: str = ""
-    local_failed: bool = False
-    status: int | None = None
-
-
-@dataclass(slots=True)
-class _Leg:
-    """One source within one query."""
-
-    plan: SourceLeg
-    started: float
-    task: asyncio.Task[None] | None = None
-    rows: int = 0
-    verdicts: dict[Verdict, int] = field(default_factory=dict)
-    done: bool = False
-    asked: bool = True  # false if it never left the house
-    failure: Failure | None = None
-    status: int | None = None
-    late: bool = False
-
-    @property
-    def source(self) -> str:
-        return self.plan.source
-
-    def outcome(self) -> str:
-        if self.failure is None:
-            return "success" if self.done else "cancelled"
-        return "partial" if self.rows else "failure"
-
-
-class _Query:
-    """What the tasks of one operation share; used on the loop only."""
-
-    def __init__(
-        self,
-        request: QueryRequest,
-        caller: Caller,
-        operation_id: str,
-        merge: Merge,
-        summary: QuerySummary,
-    ) -> None:
-        self.request = request
-        self.caller = caller
-        self.operation_id = operation_id
-        self.merge = merge
-        self.summary = summary
-        self.open = True
-        self.planned = False
-        self.legs: list[_Leg] = []
-        self.known: Mapping[str, tuple[Location, ...]] = {}
-        self.local_rows: deque[LocalAnswer] = deque()
-        self.local_done = False
-        self.local_final: LocalAnswer | None = None
-        self.changed = asyncio.Event()
-        self.room = asyncio.Event()
-
-    @property
-    def sources_done(self) -> bool:
-        return self.planned and all(leg.done for leg in self.legs)
 
 
 class QueryCoordinator:
@@ -249,7 +152,7 @@ class QueryCoordinator:
         summary.query_level = request.level.value
         style = Style(request, transfer_syntax_uid, caller.called_ae_title, caller.charset)
         merge = Merge(style, caller.availability, self._cached)
-        query = _Query(request, caller, operation_id, merge, summary)
+        query = Query(request, caller, operation_id, merge, summary)
         local = self._local.find(
             sop_class_uid,
             transfer_syntax_uid,
@@ -273,7 +176,7 @@ class QueryCoordinator:
 
     # ---------------------------------------------------------------- merging
 
-    async def _merged(self, query: _Query) -> AsyncGenerator[Answer, None]:
+    async def _merged(self, query: Query) -> AsyncGenerator[Answer, None]:
         """Yield pending answers until the local PACS has ended and so have sources, or time."""
         loop = asyncio.get_running_loop()
         started = loop.time()
@@ -312,7 +215,7 @@ class QueryCoordinator:
             except TimeoutError:
                 pass
 
-    def _take_local(self, query: _Query, located: list[Location]) -> Answer | None:
+    def _take_local(self, query: Query, located: list[Location]) -> Answer | None:
         row = query.merge.local(query.local_rows.popleft())
         query.room.set()
         if not row.readable:
@@ -322,10 +225,10 @@ class QueryCoordinator:
                 reason="relayed" if row.answer is not None else "dropped",
             )
         for source in row.conflicts:
-            self._report_conflict(query, row.study_instance_uid, source)
+            query.report_conflict(row.study_instance_uid, source)
             self._locations.forget(row.study_instance_uid, source)
         if row.study_instance_uid:
-            patient = row.patient_id or self._patient_of(query, row.study_instance_uid, LOCAL)
+            patient = row.patient_id or query.patient_of(row.study_instance_uid, LOCAL)
             located.append(Location(row.study_instance_uid, LOCAL, patient))
             if len(located) >= _LOCATIONS_AT_ONCE:
                 self._flush(located)
@@ -337,7 +240,7 @@ class QueryCoordinator:
             self._locations.remember(list(dict.fromkeys(located)))
             located.clear()
 
-    def _final(self, query: _Query) -> Answer:
+    def _final(self, query: Query) -> Answer:
         query.summary.duplicates = query.merge.duplicates
         if query.local_final is None:
             return Answer(LOCAL_FAILED, error_comment="Local archive gave no answer")
@@ -345,7 +248,7 @@ class QueryCoordinator:
 
     # ------------------------------------------------------------------ local
 
-    async def _ask_local(self, query: _Query, answers: AsyncIterator[LocalAnswer]) -> None:
+    async def _ask_local(self, query: Query, answers: AsyncIterator[LocalAnswer]) -> None:
         loop = asyncio.get_running_loop()
         started = loop.time()
         fields: dict[str, object] = {"failure": Failure.PROTOCOL.value}
@@ -380,7 +283,7 @@ class QueryCoordinator:
 
     # ---------------------------------------------------------------- sources
 
-    async def _fan_out(self, query: _Query) -> None:
+    async def _fan_out(self, query: Query) -> None:
         """Decide who is asked, and ask; apart from the local leg, which must not wait for it."""
         try:
             query.known = await self._locate(query.request, query.caller)
@@ -388,14 +291,14 @@ class QueryCoordinator:
             query.summary.local_only = decided.local_only
             query.summary.sources = tuple(leg.source for leg in decided.legs)
             for study, source in decided.conflicts:
-                self._report_conflict(query, study, source)
+                query.report_conflict(study, source)
             started = asyncio.get_running_loop().time()
             for part in decided.legs:
-                leg = _Leg(part, started)
+                leg = Leg(part, started)
                 query.legs.append(leg)
                 if self._legs >= _MAX_LEGS:
                     leg.asked = False
-                    self._failed(query, leg, Failure.BUSY)
+                    query.failed(leg, Failure.BUSY)
                     leg.done = True
                     continue
                 self._legs += 1
@@ -425,7 +328,7 @@ class QueryCoordinator:
             _log.warning("locations_unavailable", **error_fields(error))
         return known
 
-    async def _ask(self, query: _Query, leg: _Leg) -> None:
+    async def _ask(self, query: Query, leg: Leg) -> None:
         """Put the questions of one leg to its source. Fails nobody else."""
         source = self._sources[leg.source]
         try:
@@ -440,129 +343,50 @@ class QueryCoordinator:
                                 break
         except SourceError as error:
             leg.asked = error.failure is not Failure.BREAKER
-            self._failed(query, leg, error.failure, status=error.status)
+            query.failed(leg, error.failure, status=error.status)
         except TimeoutError:
-            self._failed(query, leg, Failure.TIMEOUT)
+            query.failed(leg, Failure.TIMEOUT)
         except Exception as error:
-            self._failed(query, leg, Failure.PROTOCOL, **error_fields(error))
+            query.failed(leg, Failure.PROTOCOL, **error_fields(error))
         else:
             if leg.late:
-                _log.info("source_query_late", **self._facts(query, leg))
+                _log.info("source_query_late", **query.facts(leg))
         # Not reached by a leg that is cancelled: it has said nothing of its source.
         leg.done = True
-        _SECONDS.labels(leg.source).observe(asyncio.get_running_loop().time() - leg.started)
-        self._report_dropped(query, leg)
+        SECONDS.labels(leg.source).observe(asyncio.get_running_loop().time() - leg.started)
+        query.report_dropped(leg)
         query.changed.set()
 
-    def _take_remote(self, query: _Query, leg: _Leg, row: Identifier, study: str) -> Verdict:
+    def _take_remote(self, query: Query, leg: Leg, row: Identifier, study: str) -> Verdict:
         verdict = query.merge.remote(leg.source, row, study)
         leg.verdicts[verdict] = leg.verdicts.get(verdict, 0) + 1
         seen = row.text(STUDY_INSTANCE_UID) or study
         if verdict is Verdict.CONFLICT:
-            self._report_conflict(query, seen, leg.source)
+            query.report_conflict(seen, leg.source)
         elif verdict is Verdict.WITHHELD:
             query.summary.withheld += 1
-            _WITHHELD.labels(leg.source).inc()
+            WITHHELD.labels(leg.source).inc()
         elif verdict.locates and seen:
-            patient = row.text(PATIENT_ID) or self._patient_of(query, seen, leg.source)
+            patient = row.text(PATIENT_ID) or query.patient_of(seen, leg.source)
             self._locations.remember([Location(seen, leg.source, patient)])
         if query.open:
             query.changed.set()
         return verdict
 
-    def _patient_of(self, query: _Query, study: str, source: str) -> str:
-        """Return under which patient a study is known, for a row that does not say it."""
-        for location in query.known.get(study, ()):
-            if location.source == source and location.patient_id:
-                return location.patient_id
-        return query.request.patient_id
+    # ----------------------------------------------------------------- ending
 
-    # -------------------------------------------------------------- reporting
-
-    def _facts(self, query: _Query, leg: _Leg) -> dict[str, object]:
-        return {
-            "source": leg.source,
-            "operation_id": query.operation_id,
-            "query_level": query.request.level.value,
-            "matches": leg.rows,
-            "duration_seconds": asyncio.get_running_loop().time() - leg.started,
-        }
-
-    def _failed(
-        self,
-        query: _Query,
-        leg: _Leg,
-        failure: Failure,
-        *,
-        status: int | None = None,
-        **fields: object,
-    ) -> None:
-        """Report a source that did not answer, once."""
-        if leg.failure is not None:
-            return
-        leg.failure, leg.status = failure, status
-        query.summary.failed_sources += (leg.source,)
-        _FAILURES.labels(leg.source, failure.value).inc()
-        facts = {"failure": failure.value, **self._facts(query, leg), **fields}
-        if status is not None:
-            facts["status"] = status
-        _log.warning("source_query_failed", **facts)
-
-    def _report_conflict(self, query: _Query, study: str, source: str) -> None:
-        _log.warning(
-            "identity_conflict",
-            source=source,
-            study_instance_uid=study,
-            operation_id=query.operation_id,
-            query_level=query.request.level.value,
-        )
-
-    def _report_dropped(self, query: _Query, leg: _Leg) -> None:
-        reasons = (Verdict.WITHHELD, Verdict.MALFORMED, Verdict.TOO_MANY)
-        for verdict in reasons:
-            if dropped := leg.verdicts.get(verdict, 0):
-                _log.warning(
-                    "source_rows_dropped",
-                    source=leg.source,
-                    operation_id=query.operation_id,
-                    reason=verdict.value,
-                    dropped=dropped,
-                )
-
-    async def _record(self, query: _Query, *, cancelled: bool = False) -> None:
+    async def _record(self, query: Query, *, cancelled: bool = False) -> None:
         """Record each question that left the house; those not answered yet are late."""
         for leg in query.legs:
             if not leg.done and not cancelled:
                 leg.late = True
-                self._failed(query, leg, Failure.TIMEOUT)
-        request = query.request
-        events = [
-            AuditEvent(
-                event="query",
-                outcome=leg.outcome(),
-                caller_ae_title=query.caller.ae_title,
-                peer_address=query.caller.peer_address,
-                source=leg.source,
-                operation_id=query.operation_id,
-                level=request.level.value,
-                root=request.root.value,
-                patient_id=request.patient_id,
-                study_instance_uids=tuple(filter(None, leg.plan.study_instance_uids))
-                or request.study_instance_uids,
-                status=leg.status,
-                detail=leg.failure.value if leg.failure is not None else "",
-                extra={"matches": leg.rows, "late": leg.late},
-            )
-            for leg in query.legs
-            if leg.asked
-        ]
+                query.failed(leg, Failure.TIMEOUT)
+        events = query.audit_events()
         query.open = False
         if events:
             await self._audit.record(*events)
 
-    # ----------------------------------------------------------------- ending
-
-    async def _end(self, query: _Query, tasks: list[asyncio.Task[None]]) -> None:
+    async def _end(self, query: Query, tasks: list[asyncio.Task[None]]) -> None:
         """End what must end; after a full answer, late legs may go on."""
         cancelled = query.open
         query.open = False
