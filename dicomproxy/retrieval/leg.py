@@ -442,7 +442,7 @@ class Leg:
                 failure=str(failure) if failure is not None else None,
                 status=final.status if final is not None else None,
                 arrived=len(running.arrived),
-                missing=missing,
+                missing=missing if self.verified else None,
             )
         self._flight.wake()
 

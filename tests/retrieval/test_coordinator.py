@@ -293,10 +293,15 @@ async def test_what_one_holder_lacks_is_asked_of_the_next(
 ) -> None:
     """A source that stalls mid-study is given up for the next holder, for what is missing."""
     north, south = Archive("north", study(4)), Archive("south", study(4))
-    north.stall_after = [2]
+    north.stall_after, gate = [2], asyncio.Event()
+    north.gate = lambda uid: gate
     world, workstation = build(north, south), Workstation()
     world.know(north, south)
-    outcome = await run(world.operation(workstation))
+    async with running(world.operation(workstation)) as task:
+        await until(lambda: any(query.level is Level.IMAGE for query in north.queries))
+        await settle()
+        gate.set()
+    outcome = task.result()
     assert outcome == RetrieveOutcome(0x0000, completed=4)
     assert sorted(south.sent) == [f"{STUDY}.1.3", f"{STUDY}.1.4"]
     assert len(north.orders) == 1
@@ -709,9 +714,15 @@ async def test_lost_destination_fails_the_rest(build: Build, log_watch: LogWatch
     world, workstation = build(north), Workstation()
     world.know(north)
     workstation.fates[f"{STUDY}.1.2"] = DestinationError(Failure.ABORTED)
-    outcome = await run(world.operation(workstation))
+    workstation.gate = asyncio.Event()
+    operation = world.operation(workstation)
+    async with running(operation) as task:
+        await until(lambda: len(north.sent) == 3 and operation.counts.remaining == 3)
+        await settle()
+        workstation.gate.set()
+    outcome = task.result()
     assert (outcome.status, outcome.completed, outcome.failed) == (0xB000, 1, 2)
-    assert set(outcome.failed_sop_instance_uids) <= {f"{STUDY}.1.2", f"{STUDY}.1.3"}
+    assert set(outcome.failed_sop_instance_uids) == {f"{STUDY}.1.2", f"{STUDY}.1.3"}
     assert len(log_watch.named("delivery_failed")) == 1
 
 
@@ -851,3 +862,140 @@ async def test_every_change_of_the_tally_is_told(build: Build) -> None:
     await run(operation)
     assert seen == sorted(seen)
     assert set(seen) >= {1, 2, 3}
+
+
+async def test_failure_before_the_manifest_counts_as_an_attempt(build: Build) -> None:
+    """What an order did not bring counts against the holder once the manifest tells what it was."""
+    north = Archive("north", study(3))
+    north.withheld, north.find_gate = {f"{STUDY}.1.2"}, asyncio.Event()
+    world = build(north)
+    world.know(north)
+    async with running(world.operation(Workstation())) as task:
+        await until(lambda: len(north.sent) == 2)
+        await settle()
+        north.find_gate.set()
+    assert task.result().failed == 1
+    assert [order.level for order in north.orders] == [Level.STUDY, Level.IMAGE]
+
+
+async def test_grown_study_is_not_whole_while_it_is_completed(build: Build) -> None:
+    """From the moment a manifest lists more than is held, the cached study is a part."""
+    held = study(3)
+    north, gate = Archive("north", held), asyncio.Event()
+    north.gate = lambda uid: gate
+    world = build(north)
+    world.know(north)
+    world.store.put(held, "north", held.instances[:2])
+    async with running(world.operation(Workstation())):
+        await until(lambda: bool(north.orders))
+        assert not world.store.studies[STUDY].complete
+        gate.set()
+    assert world.store.studies[STUDY].complete
+
+
+async def test_nothing_more_is_ordered_for_one_that_left(build: Build) -> None:
+    """A retrieve that goes away takes along what only it wanted and was not ordered yet."""
+    held = study(*[1] * 12)
+    north, gate = Archive("north", held), asyncio.Event()
+    north.gate = lambda uid: gate
+    world = build(north)
+    world.know(north)
+    whole = world.operation(Workstation())
+    async with running(world.operation(Workstation(), series_request(f"{STUDY}.1"))) as series:
+        await until(lambda: len(north.orders) == 1)
+        async with running(whole):
+            await until(lambda: len(north.orders) == 4)
+            whole.cancel()
+        gate.set()
+    assert series.result() == RetrieveOutcome(0x0000, completed=1)
+    assert len(north.orders) == 4
+
+
+async def test_cancelled_request_sends_nothing_of_its_other_studies(build: Build) -> None:
+    """After a C-CANCEL only the one instance under way is finished, whichever study has more."""
+    north = Archive("north", study(2, uid="1.2.4"), study(2, uid="1.2.5"))
+    world, workstation = build(north), Workstation()
+    world.know(north)
+    workstation.gate = asyncio.Event()
+    operation = world.operation(workstation, study_request("1.2.4", "1.2.5"))
+    async with running(operation) as task:
+        await until(lambda: len(north.sent) == 4)
+        await settle()
+        operation.cancel()
+        workstation.gate.set()
+    assert task.result().status == 0xFE00
+    assert len(workstation.received) == 1
+
+
+async def test_cached_instances_that_the_local_pacs_sends_are_not_sent_twice(
+    build: Build,
+) -> None:
+    """In a mixed study, what the local PACS has is left to it even where the cache has it too."""
+    local, remote = Archive(LOCAL, study(2)), study(2, 1)
+    north = Archive("north", remote)
+    world, workstation = build(north, local=local, relay=True), Workstation()
+    world.know(local, north)
+    world.store.put(remote, "north")
+    world.local_pacs.script = [RetrieveProgress(completed=2, final=True, status=0)]
+    outcome = await run(world.operation(workstation))
+    assert outcome == RetrieveOutcome(0x0000, completed=3)
+    assert workstation.received == [f"{STUDY}.2.1"]
+
+
+async def test_damaged_instance_is_fetched_once_for_all_who_find_it(build: Build) -> None:
+    """Two deliveries that stumble over the same instance have it fetched again once."""
+    held = study(3)
+    north, gate = Archive("north", held), asyncio.Event()
+    north.gate = lambda uid: gate
+    world = build(north)
+    world.know(north)
+    world.store.put(held, "north")
+    world.store.damaged[held.instances[2]] = 1
+    workstations = [Workstation(), Workstation()]
+    first, second = (world.operation(workstation) for workstation in workstations)
+    async with running(first) as one, running(second) as two:
+        await until(lambda: bool(north.orders))
+        await settle()
+        gate.set()
+    assert one.result() == two.result() == RetrieveOutcome(0x0000, completed=3)
+    assert dict(north.sent) == {held.instances[2]: 1}
+
+
+async def test_cancel_of_a_relayed_part_reaches_the_local_pacs(build: Build) -> None:
+    """A C-CANCEL ends the local PACS's own sending as well."""
+    local = Archive(LOCAL, study(2))
+    world = build(local=local, relay=True)
+    world.know(local)
+    world.local_pacs.gate = asyncio.Event()
+    world.local_pacs.script = [RetrieveProgress(remaining=1, completed=1)] * 2
+    operation = world.operation(Workstation())
+    async with running(operation) as task:
+        await until(lambda: operation.counts.completed == 1)
+        operation.cancel()
+    outcome = task.result()
+    assert (outcome.status, outcome.completed, outcome.remaining) == (0xFE00, 1, 1)
+    assert world.local_pacs.cancelled == 1
+
+
+async def test_crash_of_a_source_is_a_failure_of_that_source(build: Build) -> None:
+    """An exception that no port allows for ends in a status, not in a hang."""
+    north = Archive("north", study(2))
+    north.gate = lambda uid: 1 // 0  # type: ignore[return-value]
+    world = build(north)
+    world.know(north)
+    outcome = await run(world.operation(Workstation()))
+    assert (outcome.status, outcome.failed) == (0xA702, 2)
+
+
+async def test_closing_ends_what_is_under_way(build: Build) -> None:
+    """When everything shuts down, operations end with a status and sources are cancelled."""
+    north, gate = Archive("north", study(2)), asyncio.Event()
+    north.gate = lambda uid: gate
+    world = build(north)
+    world.know(north)
+    async with running(world.operation(Workstation())) as task:
+        await until(lambda: bool(north.orders))
+        await settle()
+        await world.flights.close()
+    assert task.result().status != 0x0000
+    assert north.cancelled == 1
