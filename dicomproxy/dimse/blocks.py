@@ -58,29 +58,31 @@ class BlockPool:
         if block.users:
             return
         self._free.append(block)
-        if self._waiters:
+        # A waiter takes its block at once; one that has no use for it any more
+        # takes none, and then it is the next one's.
+        while self._free and self._waiters:
             self._waiters.popleft()()
 
     def when_free(self, callback: Callable[[], None]) -> None:
-        """Call *callback* once, when a block comes back."""
+        """Call *callback* once, when a block is free for it to acquire."""
         self._waiters.append(callback)
 
     async def acquire_wait(self) -> Block:
         """Return a block, waiting for one to come back if need be."""
-        while (block := self.acquire()) is None:
-            returned = asyncio.get_running_loop().create_future()
+        if (block := self.acquire()) is not None:
+            return block
+        came: asyncio.Future[Block] = asyncio.get_running_loop().create_future()
 
-            def wake(future: asyncio.Future[None] = returned) -> None:
-                if not future.done():
-                    future.set_result(None)
+        def take() -> None:
+            if not came.done() and (block := self.acquire()) is not None:
+                came.set_result(block)
 
-            self._waiters.append(wake)
-            try:
-                await returned
-            except asyncio.CancelledError:
-                if wake in self._waiters:
-                    self._waiters.remove(wake)
-                elif self._waiters and self._free:
-                    self._waiters.popleft()()  # pass the turn on
-                raise
-        return block
+        self._waiters.append(take)
+        try:
+            return await came
+        except asyncio.CancelledError:
+            if take in self._waiters:
+                self._waiters.remove(take)
+            elif came.done() and not came.cancelled():
+                self.release(came.result())  # pass the turn on
+            raise
