@@ -7,10 +7,13 @@ meet in the store, so that a slow workstation never holds up a source::
     coordinator   one C-MOVE or C-GET from its identifier to its final status
       request     what was asked for; pure
       locate      which archives hold it
+      relay       the part that the local PACS sends itself
       delivery    from the store to one destination
       tally       counts and the final status; pure
+      disclosure  what is recorded of it; pure
     flights       the flights under way, and what failed lately
       flight      one study: what is held, who waits for it
+      subscription  what one of those sees of it
       leg         one study at one holder: what it lists, what is claimed, orders
       manifest    which instances a holder says exist
       batches     what is missing, as orders; pure

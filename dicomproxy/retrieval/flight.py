@@ -17,7 +17,8 @@ from dicomproxy.dataset.header import HeaderError, Read, read_header
 from dicomproxy.dataset.levels import Level
 from dicomproxy.logs import get_logger
 from dicomproxy.ports import CachedInstance, Refused, Stored, StudyLease
-from dicomproxy.retrieval.leg import Holder, Leg, Standing
+from dicomproxy.retrieval.holder import Holder, Standing
+from dicomproxy.retrieval.leg import Leg
 from dicomproxy.retrieval.selection import Selection
 from dicomproxy.retrieval.subscription import FlightOutcome, FlightRequest, Subscription
 from dicomproxy.tasks import TaskOwner
@@ -397,7 +398,9 @@ class Flight:
         self, subscription: Subscription, sop_instance_uid: str, *, newer_than: int
     ) -> None:
         """Fetch a damaged instance anew, unless that has been done already."""
-        if self._latest.get(sop_instance_uid, -1) < newer_than:
+        # The store may have dropped it already; then another copy may be coming.
+        held = sop_instance_uid in self.lease.instances
+        if held and self._latest.get(sop_instance_uid, -1) < newer_than:
             await self.lease.remove([sop_instance_uid])
         for leg in self._legs.values():
             leg.again(sop_instance_uid)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
 from dicomproxy.dataset.levels import Level
@@ -20,10 +19,10 @@ from dicomproxy.ports import (
     Failure,
     RetrieveOrder,
     RetrieveProgress,
-    Source,
     SourceError,
 )
 from dicomproxy.retrieval.batches import orders_for_missing, orders_for_selection
+from dicomproxy.retrieval.holder import Holder, Standing
 from dicomproxy.retrieval.manifest import Manifest, closing, load_manifest
 from dicomproxy.retrieval.selection import Selection, selection_of
 
@@ -44,29 +43,6 @@ _HOPELESS: Final = frozenset(
     {Failure.UNREACHABLE, Failure.REJECTED, Failure.NO_CONTEXT, Failure.BREAKER}
 )
 _WHOLE_STUDY: Final = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Holder:
-    """An archive said to hold a study, and the Patient ID it holds it under."""
-
-    source: Source
-    patient_id: str = ""
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-
-class Standing(StrEnum):
-    """How a holder has served a subscriber."""
-
-    PROVEN = "proven"  # everything that it lists is here
-    ASSUMED = "assumed"  # it cannot be asked what it has; nothing speaks against it
-    SHORT = "short"  # something is missing
-    ABSENT = "absent"  # it says that it has no such study
-    UNREACHABLE = "unreachable"  # it could not be asked, and nothing came
-    CONFLICT = "identity_conflict"  # it has the study under another patient
 
 
 @dataclass(slots=True, eq=False)

@@ -16,7 +16,7 @@ from typing import Final
 from dicomproxy.dataset.levels import PATIENT_ID, STUDY_INSTANCE_UID, Level
 from dicomproxy.logs import error_fields, get_logger
 from dicomproxy.ports import LOCAL, Caller, Location, Locations, Source, SourceError
-from dicomproxy.retrieval.leg import Holder
+from dicomproxy.retrieval.holder import Holder
 from dicomproxy.retrieval.manifest import closing, query_for
 from dicomproxy.retrieval.request import RetrieveRequest
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from dicomproxy.dataset.levels import Level
@@ -21,13 +21,13 @@ from dicomproxy.ports import (
     Caller,
     Destination,
     Originator,
-    RetrieveOrder,
     SourceError,
 )
 from dicomproxy.retrieval.delivery import Outlet, deliver_study
 from dicomproxy.retrieval.disclosure import Disclosure, Relayed, disclosure_events
 from dicomproxy.retrieval.locate import LocatedStudy
-from dicomproxy.retrieval.manifest import Manifest, closing, load_manifest
+from dicomproxy.retrieval.manifest import Manifest, load_manifest
+from dicomproxy.retrieval.relay import Relay
 from dicomproxy.retrieval.request import RetrieveRequest
 from dicomproxy.retrieval.selection import Selection
 from dicomproxy.retrieval.subscription import FlightRequest, Subscription
@@ -82,18 +82,6 @@ class RetrieveOutcome:
     error_comment: str = ""
 
 
-@dataclass(slots=True)
-class _Relay:
-    """The part that the local PACS delivers itself."""
-
-    studies: list[LocatedStudy]
-    part: Part
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-    status: int | None = None
-    broken: bool = False
-    covered: set[str] = field(default_factory=set)
-
-
 class _Cancelled(Exception):
     """A C-CANCEL ended a step that was under way."""
 
@@ -133,7 +121,7 @@ class RetrieveOperation:
         self._subscriptions: set[Subscription] = set()
         self._steps: set[asyncio.Task[Any]] = set()
         self._disclosures: list[Disclosure] = []
-        self._relay: _Relay | None = None
+        self._relay: Relay | None = None
         self._refusal: int | None = None
         self._slots = asyncio.Semaphore(_PARALLEL_STUDIES)
 
@@ -215,7 +203,7 @@ class RetrieveOperation:
         self._phase("retrieving")
         async with asyncio.TaskGroup() as group:
             if relayed:
-                self._relay = _Relay(relayed, self.tally.part())
+                self._relay = Relay(relayed, self.tally.part())
                 group.create_task(self._run_relay(self._relay), name="relay")
             for study in ours:
                 disclosure = Disclosure(study)
@@ -250,64 +238,25 @@ class RetrieveOperation:
                     return False
         return True
 
-    async def _run_relay(self, relay: _Relay) -> None:
-        """Have the local PACS send its part to the workstation, and follow its counts."""
+    async def _run_relay(self, relay: Relay) -> None:
+        """Have the local PACS send its part; whatever goes wrong with it stays with it."""
+        move = relay.follow(
+            self._coordinator.local,
+            self.request,
+            self.originator,
+            destination_ae_title=self.destination.ae_title,
+            calling_ae_title=self._local_calling_ae_title,
+            progressed=self._progressed,
+        )
         try:
-            await self._interruptible(self._follow_relay(relay), "relay")
-        except SourceError as error:
-            relay.broken = True
-            relay.part.fail_remaining()
-            relay.part.failure = error.status or NUMBER_OF_MATCHES_UNKNOWN
-            _log.warning(
-                "local_retrieve_failed",
-                failure=str(error.failure),
-                status=error.status,
-                operation_id=self.operation_id,
-            )
+            await self._interruptible(move, "relay")
         except _Cancelled:
             pass
         except Exception as error:
-            relay.broken = True
-            relay.part.fail_remaining()
-            relay.part.failure = UNABLE_TO_PROCESS
-            _log.error("retrieve_failed", operation_id=self.operation_id, **error_fields(error))
+            relay.break_off(error, self.operation_id)
         finally:
             relay.ended.set()
         self._progressed()
-
-    async def _follow_relay(self, relay: _Relay) -> None:
-        request = self.request
-        by_patient = request.level is Level.PATIENT
-        order = RetrieveOrder(
-            level=request.level,
-            study_instance_uids=()
-            if by_patient
-            else tuple(study.study_instance_uid for study in relay.studies),
-            series_instance_uids=request.series_instance_uids,
-            sop_instance_uids=request.sop_instance_uids,
-            patient_id=request.patient_id,
-            last_activity=asyncio.get_running_loop().time(),
-        )
-        steps = self._coordinator.local.move(
-            order,
-            destination_ae_title=self.destination.ae_title,
-            calling_ae_title=self._local_calling_ae_title,
-            message_id=self.originator.message_id,
-            priority=self.originator.priority,
-        )
-        async with closing(steps):
-            async for progress in steps:
-                relay.part.follow(progress)
-                if progress.final:
-                    relay.status = progress.status
-                self._progressed()
-        if relay.status is None:
-            relay.part.fail_remaining()
-            relay.part.failure = SUB_OPERATIONS_FAILED
-        elif relay.status == CANCELLED:  # not by us, since then we would not be here
-            relay.part.fail_remaining()
-        elif relay.status == WARNING and not relay.part.failed + relay.part.warning:
-            relay.part.failure = WARNING
 
     # ------------------------------------------------------------ our part
 
@@ -357,7 +306,7 @@ class RetrieveOperation:
             await self._instead_of_local(disclosure, relay, lacking)
 
     async def _instead_of_local(
-        self, disclosure: Disclosure, relay: _Relay, lacking: dict[str, str]
+        self, disclosure: Disclosure, relay: Relay, lacking: dict[str, str]
     ) -> None:
         """Deliver what the local PACS listed and failed to send."""
         study = disclosure.study

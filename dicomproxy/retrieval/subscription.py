@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dicomproxy.ports import CachedInstance
-from dicomproxy.retrieval.leg import Holder
+from dicomproxy.retrieval.holder import Holder
 from dicomproxy.retrieval.selection import Selection
 
 if TYPE_CHECKING:

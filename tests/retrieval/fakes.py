@@ -144,7 +144,7 @@ class Archive:
             if asked and asked != held.uid:
                 continue
             patient = keys.text(PATIENT_ID)
-            if patient and patient != held.patient_id:
+            if patient and patient.lower() != held.patient_id.lower():  # as many archives do
                 continue
             if query.level is Level.STUDY:
                 row = Identifier()
@@ -353,9 +353,12 @@ class Store:
         self.dropped: list[str] = []
         self.full_for: set[str] = set()
         self.damaged: Counter[str] = Counter()
+        self.lease_gate: asyncio.Event | None = None
 
     async def lease(self, study_instance_uid: str) -> StudyLease:
         await asyncio.sleep(0)
+        if self.lease_gate is not None:
+            await self.lease_gate.wait()
         self.leases += 1
         held = self.studies.setdefault(study_instance_uid, _Held(study_instance_uid))
         return Lease(self, held)

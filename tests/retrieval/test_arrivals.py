@@ -9,7 +9,7 @@ import pytest
 
 from dicomproxy.dataset.header import EXPLICIT_VR_LITTLE_ENDIAN
 from dicomproxy.ports import RetrieveOrder
-from dicomproxy.retrieval.leg import Holder
+from dicomproxy.retrieval.holder import Holder
 from dicomproxy.retrieval.selection import Selection
 from dicomproxy.retrieval.subscription import FlightRequest
 from tests.retrieval.fakes import CT, STUDY, Archive, World, encoded, study

@@ -124,6 +124,7 @@ async def test_twenty_at_the_same_moment_fetch_each_instance_once(build: Build) 
     assert outcomes == [RetrieveOutcome(0x0000, completed=10)] * 20
     assert set(north.sent.values()) == {1}
     assert len(north.sent) == 10
+    assert [query.level for query in north.queries].count(Level.STUDY) == 1
 
 
 @pytest.mark.parametrize("study_first", [True, False])
@@ -896,8 +897,8 @@ async def test_grown_study_is_not_whole_while_it_is_completed(build: Build) -> N
 async def test_nothing_more_is_ordered_for_one_that_left(build: Build) -> None:
     """A retrieve that goes away takes along what only it wanted and was not ordered yet."""
     held = study(*[1] * 12)
-    north, gate = Archive("north", held), asyncio.Event()
-    north.gate = lambda uid: gate
+    north, mine, others = Archive("north", held), asyncio.Event(), asyncio.Event()
+    north.gate = lambda uid: mine if uid == f"{STUDY}.1.1" else others
     world = build(north)
     world.know(north)
     whole = world.operation(Workstation())
@@ -906,9 +907,12 @@ async def test_nothing_more_is_ordered_for_one_that_left(build: Build) -> None:
         async with running(whole):
             await until(lambda: len(north.orders) == 4)
             whole.cancel()
-        gate.set()
+        others.set()
+        await until(lambda: len(north.sent) == 3)
+        await settle()
+        assert len(north.orders) == 4
+        mine.set()
     assert series.result() == RetrieveOutcome(0x0000, completed=1)
-    assert len(north.orders) == 4
 
 
 async def test_cancelled_request_sends_nothing_of_its_other_studies(build: Build) -> None:
@@ -999,3 +1003,21 @@ async def test_closing_ends_what_is_under_way(build: Build) -> None:
         await world.flights.close()
     assert task.result().status != 0x0000
     assert north.cancelled == 1
+
+
+async def test_cancel_while_the_study_is_being_opened(build: Build) -> None:
+    """A C-CANCEL that comes before the store has answered delivers nothing."""
+    north = Archive("north", study(2))
+    world, workstation = build(north), Workstation()
+    world.know(north)
+    world.store.put(north.studies[STUDY], "north")
+    world.store.lease_gate = asyncio.Event()
+    operation = world.operation(workstation)
+    async with running(operation) as task:
+        await until(lambda: len(world.flights) == 1)
+        await settle()
+        operation.cancel()
+        world.store.lease_gate.set()
+    assert task.result().status == 0xFE00
+    assert workstation.opened == 0
+    assert north.orders == []

@@ -1,0 +1,105 @@
+"""The part of a C-MOVE that the local PACS delivers itself.
+
+It is asked at the request's own level, for the studies that it holds, with the
+workstation's title and Message ID, so that it names them as Move Originator.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from dicomproxy.dataset.levels import Level
+from dicomproxy.logs import error_fields, get_logger
+from dicomproxy.ports import LocalArchive, Originator, RetrieveOrder, SourceError
+from dicomproxy.retrieval.locate import LocatedStudy
+from dicomproxy.retrieval.manifest import closing
+from dicomproxy.retrieval.request import RetrieveRequest
+from dicomproxy.retrieval.tally import (
+    CANCELLED,
+    NUMBER_OF_MATCHES_UNKNOWN,
+    SUB_OPERATIONS_FAILED,
+    UNABLE_TO_PROCESS,
+    WARNING,
+    Part,
+)
+
+_log = get_logger()
+
+
+@dataclass(slots=True)
+class Relay:
+    """What the local PACS was asked for, and how far it has come.
+
+    ``status`` is that of its final response, ``broken`` says that none came.
+    ``covered`` are studies that were had from elsewhere instead.
+    """
+
+    studies: list[LocatedStudy]
+    part: Part
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    status: int | None = None
+    broken: bool = False
+    covered: set[str] = field(default_factory=set)
+
+    async def follow(
+        self,
+        local: LocalArchive,
+        request: RetrieveRequest,
+        originator: Originator,
+        *,
+        destination_ae_title: str,
+        calling_ae_title: str,
+        progressed: Callable[[], None],
+    ) -> None:
+        """Have it send, and take its counts over as they come.
+
+        Raises:
+            SourceError: no final response came.
+        """
+        studies = tuple(study.study_instance_uid for study in self.studies)
+        order = RetrieveOrder(
+            level=request.level,
+            study_instance_uids=() if request.level is Level.PATIENT else studies,
+            series_instance_uids=request.series_instance_uids,
+            sop_instance_uids=request.sop_instance_uids,
+            patient_id=request.patient_id,
+            last_activity=asyncio.get_running_loop().time(),
+        )
+        steps = local.move(
+            order,
+            destination_ae_title=destination_ae_title,
+            calling_ae_title=calling_ae_title,
+            message_id=originator.message_id,
+            priority=originator.priority,
+        )
+        async with closing(steps):
+            async for progress in steps:
+                self.part.follow(progress)
+                if progress.final:
+                    self.status = progress.status
+                progressed()
+        if self.status is None:
+            self.part.fail_remaining()
+            self.part.failure = SUB_OPERATIONS_FAILED
+        elif self.status == CANCELLED:  # not by us, since then we would not be here
+            self.part.fail_remaining()
+        elif self.status == WARNING and not self.part.failed + self.part.warning:
+            self.part.failure = WARNING
+
+    def break_off(self, error: Exception, operation_id: str) -> None:
+        """Count what was still to come as Failed, since the exchange has."""
+        self.broken = True
+        self.part.fail_remaining()
+        if isinstance(error, SourceError):
+            self.part.failure = error.status or NUMBER_OF_MATCHES_UNKNOWN
+            _log.warning(
+                "local_retrieve_failed",
+                failure=str(error.failure),
+                status=error.status,
+                operation_id=operation_id,
+            )
+        else:
+            self.part.failure = UNABLE_TO_PROCESS
+            _log.error("retrieve_failed", operation_id=operation_id, **error_fields(error))
