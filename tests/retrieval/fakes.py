@@ -32,6 +32,7 @@ from dicomproxy.ports import (
     Delivered,
     Failure,
     InstanceReader,
+    InstanceStore,
     LocalAnswer,
     Location,
     Originator,
@@ -536,8 +537,10 @@ class World:
         relay: bool = False,
         pause: float = 30.0,
         finish_abandoned: bool = False,
+        store: InstanceStore | None = None,
     ) -> None:
         self.store = Store()
+        used = store or self.store
         self.memory = Memory()
         self.audit = AuditTrail()
         self.local = local or Archive(LOCAL)
@@ -546,12 +549,12 @@ class World:
         settings = RetrieveSettings(
             finish_abandoned=finish_abandoned, retry_pause_seconds=pause, today=lambda: TODAY
         )
-        self.flights = Flights(self.store, settings, self.memory)
-        self.arrivals = FlightArrivals(self.store, self.flights)
+        self.flights = Flights(used, settings, self.memory)
+        self.arrivals = FlightArrivals(used, self.flights)
         for archive in (self.local, *sources):
             archive.arrivals = self.arrivals
         self.coordinator = RetrieveCoordinator(
-            self.store,
+            used,
             self.flights,
             self.memory,
             self.audit,

@@ -156,12 +156,15 @@ async def test_series_retrieve_ends_when_its_series_has_come(build: Build) -> No
     world.know(north)
     async with running(world.operation(Workstation())) as whole:
         await until(lambda: len(north.sent) == 2)
+        await settle()
         outcome = await run(world.operation(Workstation(), series_request(f"{STUDY}.1")))
         assert outcome == RetrieveOutcome(0x0000, completed=2)
         assert not whole.done()
         gate.set()
     assert whole.result().completed == 4
     assert set(north.sent.values()) == {1}
+    # One who comes a moment later is served by the same manifest.
+    assert [query.level for query in north.queries].count(Level.STUDY) == 1
 
 
 async def test_instances_are_delivered_while_others_still_arrive(build: Build) -> None:
@@ -1010,7 +1013,6 @@ async def test_cancel_while_the_study_is_being_opened(build: Build) -> None:
     north = Archive("north", study(2))
     world, workstation = build(north), Workstation()
     world.know(north)
-    world.store.put(north.studies[STUDY], "north")
     world.store.lease_gate = asyncio.Event()
     operation = world.operation(workstation)
     async with running(operation) as task:

@@ -1,0 +1,60 @@
+"""Flights over the cache as it is on disk: the one place where both rooms meet in a test."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from dicomproxy.cache import CacheSettings, DiskInstanceStore
+from dicomproxy.retrieval.coordinator import RetrieveOutcome
+from tests.retrieval.fakes import STUDY, Archive, Workstation, World, study
+from tests.support.log_watch import LogWatch
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[DiskInstanceStore]:
+    made = DiskInstanceStore(CacheSettings(tmp_path / "cache", 10**9))
+    await made.start()
+    yield made
+    await made.close()
+
+
+async def test_many_share_what_is_fetched_and_later_ones_what_is_cached(
+    store: DiskInstanceStore,
+) -> None:
+    """Twenty retrieves fetch each instance once, the next one fetches none."""
+    north = Archive("north", study(20, 10))
+    world = World(north, store=store)
+    world.know(north)
+    async with asyncio.timeout(60):
+        outcomes = await asyncio.gather(*(world.operation(Workstation()).run() for _ in range(20)))
+        assert outcomes == [RetrieveOutcome(0x0000, completed=30)] * 20
+        again = Workstation()
+        assert (await world.operation(again).run()).completed == 30
+    assert len(again.received) == 30
+    assert (len(north.sent), set(north.sent.values()), len(north.orders)) == (30, {1}, 1)
+    await world.close()
+    assert store.stats().in_use == 0
+
+
+async def test_cached_study_of_another_patient_is_dropped(
+    store: DiskInstanceStore, log_watch: LogWatch
+) -> None:
+    """After the source has filed the study under another patient, it is fetched anew."""
+    north = Archive("north", study(3))
+    world = World(north, store=store)
+    world.know(north)
+    async with asyncio.timeout(60):
+        await world.operation(Workstation()).run()
+        north.studies[STUDY].patient_id = "OTHER1"
+        world.know(north)
+        workstation = Workstation()
+        outcome = await world.operation(workstation).run()
+    assert outcome == RetrieveOutcome(0x0000, completed=3)
+    assert set(north.sent.values()) == {2}
+    assert log_watch.named("identity_conflict")
+    await world.close()
+    assert store.stats().in_use == 0
