@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dicomproxy.dataset.header import HeaderError, Read, read_header
 from dicomproxy.dataset.levels import Level
-from dicomproxy.logs import get_logger
+from dicomproxy.logs import error_fields, get_logger
 from dicomproxy.ports import CachedInstance, Refused, Stored, StudyLease
 from dicomproxy.retrieval.holder import Holder, Standing
 from dicomproxy.retrieval.leg import Leg
@@ -46,6 +46,7 @@ class Flight:
         self.was_complete = False
         self.subscriptions: list[Subscription] = []
         self.closed = False
+        self.ending: asyncio.Task[None] | None = None
         self._owner = TaskOwner(f"flight:{study_instance_uid}")
         self._opening: asyncio.Task[None] | None = None
         self._opened = False
@@ -215,10 +216,17 @@ class Flight:
         found = set(standings.values())
         absent = found <= {Standing.ABSENT}
         complete = subscription.satisfied or absent
-        if subscription.satisfied and not failed:
-            await self._mark_complete(subscription, standings)
-        elif self.lease.complete and any(uid not in self.lease.instances for uid in failed):
-            await self.lease.set_complete(False)
+        try:
+            if subscription.satisfied and not failed:
+                await self._mark_complete(subscription, standings)
+            elif self.lease.complete and any(uid not in self.lease.instances for uid in failed):
+                await self.lease.set_complete(False)
+        except Exception as error:  # a disk that fails now takes nothing from what was delivered
+            _log.error(
+                "cache_degraded",
+                study_instance_uid=self.study_instance_uid,
+                **error_fields(error),
+            )
         subscription.pending.clear()
         subscription.outcome = FlightOutcome(
             failed=failed,

@@ -20,7 +20,7 @@ from prometheus_client import Counter, Gauge
 from dicomproxy.ports import InstanceStore, Location, Locations, RetrieveOrder
 from dicomproxy.retrieval.flight import Flight
 from dicomproxy.retrieval.subscription import FlightRequest, Subscription
-from dicomproxy.tasks import TaskOwner
+from dicomproxy.tasks import OwnerClosed, TaskOwner
 
 _MAX_REMEMBERED: Final = 1000
 
@@ -73,6 +73,7 @@ class Flights:
         self._settings = settings
         self._locations = locations
         self._owner = TaskOwner("flights")
+        self._closed = False
         self._pauses: OrderedDict[tuple[str, str], _Pause] = OrderedDict()
         # The store's writer thread reads these; they are plain, and replaced or
         # changed by one operation at a time.
@@ -90,7 +91,10 @@ class Flights:
 
         Raises:
             OSError: the store does not work.
+            OwnerClosed: everything is shutting down.
         """
+        if self._closed:
+            raise OwnerClosed("flights")
         uid = request.study_instance_uid
         flight = self._by_study.get(uid)
         if flight is None:
@@ -103,13 +107,14 @@ class Flights:
             flight.begin(subscription)
             yield subscription
         finally:
-            if flight.unsubscribe(subscription) and not flight.closed:
+            if flight.unsubscribe(subscription):
                 # Its own task, so that whoever leaves because it was cancelled
                 # leaves nothing behind.
                 await asyncio.shield(self._end(flight))
 
     async def close(self) -> None:
-        """End every flight."""
+        """End every flight; nobody can join any more."""
+        self._closed = True
         endings = [self._end(flight) for flight in list(self._by_study.values())]
         if endings:
             await asyncio.wait(endings)
@@ -124,7 +129,9 @@ class Flights:
             if len(self._recent) > _MAX_REMEMBERED:
                 self._recent.popitem(last=False)
             _UNDER_WAY.dec()
-        return self._owner.spawn(flight.close(), name="end")
+        if flight.ending is None:
+            flight.ending = self._owner.spawn(flight.close(), name="end")
+        return flight.ending
 
     def abandoned(self, flight: Flight) -> None:
         """End a flight that was finished although nobody waited for it."""

@@ -488,27 +488,26 @@ class Leg:
         self._flight.spawn(self._load_manifest(), f"manifest:{self.name}")
 
     async def _load_manifest(self) -> None:
-        manifest: Manifest | None = None
-        failure: Failure | None = None
         try:
             manifest = await load_manifest(
                 self.holder.source, self._flight.study_instance_uid, interactive=True
             )
-        except SourceError as error:
-            failure = error.failure
-        except Exception as error:
-            _log.error("flight_failed", source=self.name, **error_fields(error))
-            failure = Failure.PROTOCOL
-        if manifest is not None:
             await self._take(manifest)
-        elif self.manifest is None:
-            self._unreachable = failure
-        else:
-            self._tell_unverified("unreachable")
+        except SourceError as error:
+            self._not_loaded(error.failure)
+        except Exception as error:  # a fault of ours, or the store's; nobody may wait for ever
+            _log.error("flight_failed", source=self.name, **error_fields(error))
+            self._not_loaded(Failure.PROTOCOL)
         self._loading = False
         self._loaded_at = asyncio.get_running_loop().time()
         self._flight.relist()
         self._flight.wake()
+
+    def _not_loaded(self, failure: Failure) -> None:
+        if self.manifest is None:
+            self._unreachable = failure
+        else:
+            self._tell_unverified("unreachable")
 
     async def _take(self, manifest: Manifest) -> None:
         """Accept a manifest: the patient it names, and what it no longer lists."""

@@ -445,11 +445,18 @@ class RetrieveOperation:
 
         Raises:
             _Cancelled: it did.
+            OwnerClosed: everything is shutting down.
         """
         if self._cancelled:
             coro.close()
             raise _Cancelled
-        step = self._coordinator.spawn(_settled(coro), name)
+        try:
+            step = self._coordinator.spawn(_settled(coro), name)
+        except OwnerClosed:
+            coro.close()
+            raise
+        # A step that is cancelled before it has begun never gets to *coro*.
+        step.add_done_callback(lambda _: coro.close())
         self._steps.add(step)
         try:
             await asyncio.wait([step])

@@ -23,6 +23,7 @@ from dicomproxy.retrieval.operation import RetrieveOperation
 from tests.retrieval.fakes import (
     STUDY,
     Archive,
+    Lease,
     Study,
     Workstation,
     World,
@@ -1023,3 +1024,38 @@ async def test_cancel_while_the_study_is_being_opened(build: Build) -> None:
     assert task.result().status == 0xFE00
     assert workstation.opened == 0
     assert north.orders == []
+
+
+async def test_store_that_fails_is_a_failure_not_a_hang(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that does not answer while the cache is set right ends in a status all the same."""
+
+    async def fail(self: Lease, *_: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(Lease, "remove", fail)
+    monkeypatch.setattr(Lease, "set_complete", fail)
+    north = Archive("north", study(2))
+    world, workstation = build(north), Workstation()
+    world.know(north)
+    world.store.put(study(3), "north")
+    await run(world.operation(workstation))
+    assert set(workstation.received) >= set(north.studies[STUDY].instances)
+
+
+async def test_closing_ends_abandoned_flights_once(build: Build) -> None:
+    """A flight that goes on although nobody waits ends with the rest, and gives back its study."""
+    north, gate = Archive("north", study(2)), asyncio.Event()
+    north.gate = lambda uid: gate
+    world = build(north, finish_abandoned=True)
+    world.know(north)
+    operation = world.operation(Workstation())
+    async with running(operation):
+        await until(lambda: bool(north.orders))
+        operation.cancel()
+    assert len(world.flights) == 1
+    await world.close()
+    assert north.cancelled == 1
+    late = await run(world.operation(Workstation()))
+    assert late.status == 0xC000

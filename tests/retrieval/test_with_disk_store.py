@@ -37,7 +37,7 @@ async def test_many_share_what_is_fetched_and_later_ones_what_is_cached(
     assert len(again.received) == 30
     assert (len(north.sent), set(north.sent.values()), len(north.orders)) == (30, {1}, 1)
     await world.close()
-    assert store.stats().in_use == 0
+    assert await store.evict(STUDY) == "evicted", "nobody has it leased any more"
 
 
 async def test_cached_study_of_another_patient_is_dropped(
@@ -57,4 +57,4 @@ async def test_cached_study_of_another_patient_is_dropped(
     assert set(north.sent.values()) == {2}
     assert log_watch.named("identity_conflict")
     await world.close()
-    assert store.stats().in_use == 0
+    assert await store.evict(STUDY) == "evicted", "nobody has it leased any more"
