@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,6 +37,45 @@ class Node:
     port: int
 
 
+class _Checkpoint(threading.Event):
+    """Where an association's own thread waits while somebody else uses the association.
+
+    pynetdicom's thread says that it waits a moment before it does. A sender that
+    looks just then goes on, both read the next response, and if the wrong one
+    gets it the sender waits for nothing. Here the thread takes its word back in
+    the same step in which it is let through.
+    """
+
+    def __init__(self, association: Any) -> None:
+        super().__init__()
+        self._association = association
+        self._step = threading.Lock()
+        self.set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        while True:
+            super().wait(timeout)
+            with self._step:
+                if self.is_set():
+                    self._association._is_paused = False
+                    return True
+
+    def clear(self) -> None:
+        with self._step:
+            super().clear()
+
+
+class Entity(AE):
+    """An application entity whose outgoing associations are not read by two threads at once."""
+
+    def associate(self, *args: Any, **kwargs: Any) -> Any:
+        association = super().associate(*args, **kwargs)
+        if association.is_established and hasattr(association, "_reactor_checkpoint"):
+            association._reactor_checkpoint = _Checkpoint(association)
+            time.sleep(0.005)  # its thread looks for the checkpoint every millisecond
+        return association
+
+
 class Archive:
     """An archive that answers C-FIND and C-MOVE from a list of instances."""
 
@@ -48,7 +88,7 @@ class Archive:
 
     def start(self, port: int = 0) -> Node:
         """Listen on loopback."""
-        entity = AE(ae_title=self.ae_title)
+        entity = Entity(ae_title=self.ae_title)
         for sop_class in (
             _VERIFICATION,
             _PATIENT_FIND,
@@ -158,7 +198,7 @@ class Workstation:
 
     def start(self, pairs: set[tuple[str, str]], port: int = 0) -> Node:
         """Listen on loopback for instances of *pairs*: SOP Class and transfer syntax."""
-        entity = AE(ae_title=self.ae_title)
+        entity = Entity(ae_title=self.ae_title)
         entity.maximum_pdu_size = 0
         for sop_class in {sop_class for sop_class, _ in pairs}:
             held = [syntax for other, syntax in pairs if other == sop_class]
@@ -215,7 +255,7 @@ class Workstation:
     def _associate(self, sop_class: str) -> Any:
         if self.proxy is None:
             raise RuntimeError("the workstation does not know the proxy yet")
-        entity = AE(ae_title=self.ae_title)
+        entity = Entity(ae_title=self.ae_title)
         entity.add_requested_context(sop_class, list(_UNCOMPRESSED))
         association = entity.associate(
             self.proxy.host, self.proxy.port, ae_title=self.proxy.ae_title
