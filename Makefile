@@ -48,9 +48,9 @@ $(READY): pyproject.toml requirements-dev.lock
 	@[ -x $(BIN)/python ] && $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  rm -rf $(VENV); $(PYTHON) -m venv $(VENV) || { \
 	  echo "Python's venv module is missing (Debian: apt-get install python3-venv)." >&2; exit 1; }; }
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check \
 	  --require-hashes -r requirements-dev.lock
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check \
 	  --no-deps --no-build-isolation -e .
 	@touch $(READY)
 

@@ -14,7 +14,7 @@ from typing import Self
 from pydicom import Dataset, dcmread
 from pydicom.dataset import FileDataset
 
-from tests.peers.orthanc import Node
+from tests.peers.node import Node
 from tests.peers.ports import free_port
 from tests.peers.process import PeerFailed, PeerProcess, listening, require, run_program
 
@@ -227,7 +227,7 @@ class _Scp:
 
     @property
     def node(self) -> Node:
-        return self.ae_title, self.host, self.port
+        return Node(self.ae_title, self.host, self.port)
 
     @property
     def log(self) -> str:
@@ -324,7 +324,7 @@ class Dcmqrscp(_Scp):
     def __init__(
         self,
         ae_title: str,
-        destinations: Iterable[Node] = (),
+        destinations: Iterable[tuple[str, str, int]] = (),
         *,
         instances: Iterable[bytes | Path] = (),
         options: Sequence[str] = (),

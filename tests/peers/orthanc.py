@@ -10,11 +10,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from tests.peers.node import Node
 from tests.peers.ports import free_port
 from tests.peers.process import PeerFailed, PeerProcess, require
-
-Node = tuple[str, str, int]
-"""AE title, host and port of a modality."""
 
 
 class Orthanc:
@@ -35,7 +33,7 @@ class Orthanc:
     def __init__(
         self,
         ae_title: str,
-        modalities: Mapping[str, Node] | None = None,
+        modalities: Mapping[str, tuple[str, str, int]] | None = None,
         *,
         directory: Path | None = None,
         settings: Mapping[str, Any] | None = None,
@@ -88,7 +86,7 @@ class Orthanc:
 
     @property
     def node(self) -> Node:
-        return self.ae_title, self.host, self.port
+        return Node(self.ae_title, self.host, self.port)
 
     @property
     def log(self) -> str:
