@@ -109,13 +109,14 @@ class Application:
         await audit.start()
         self._stack.push_async_callback(audit.close)
         self.flights = Flights(self.store, flight_settings(settings), locations)
-        self._stack.push_async_callback(self.flights.close)
         self._foundation = Foundation(
             self.layer, self.store, locations, audit, self.flights, self.operations
         )
         self._stack.push_async_callback(self.layer.close, _FAREWELL_SECONDS)
         routing = self.routing = Routing(settings, self._foundation)
         self._stack.push_async_callback(self._close_routing)
+        # What they fetch is told to stop while there are associations to say it on.
+        self._stack.push_async_callback(self.flights.close)
         self._stack.push_async_callback(self._tasks.close)
         listener = self.listener = Listener(
             self.layer,

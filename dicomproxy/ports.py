@@ -368,7 +368,11 @@ class Arrival(Protocol):
         ...
 
     async def finish(self) -> int:
-        """Let the instance exist if it belongs to a flight; the C-STORE-RSP's status. Never raises."""
+        """Let the instance exist if it belongs to a flight. Never raises.
+
+        Returns:
+            The status of the C-STORE response.
+        """
         ...
 
     def discard(self) -> None:
