@@ -33,7 +33,10 @@ class BlockPool:
         self._waiters: deque[Callable[[], None]] = deque()
 
     def __repr__(self) -> str:
-        return f"BlockPool(made={self._made}/{self._limit}, free={len(self._free)})"
+        return (
+            f"BlockPool(made={self._made}/{self._limit}, free={len(self._free)}, "
+            f"waiting={len(self._waiters)})"
+        )
 
     @property
     def lent(self) -> int:

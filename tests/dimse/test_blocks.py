@@ -27,7 +27,7 @@ async def parked(*tasks: asyncio.Task[Block]) -> None:
 def test_blocks_are_made_when_needed_and_reused() -> None:
     """Memory is taken at first use, up to the limit, and a returned block serves again."""
     pool = BlockPool(1024, 2)
-    assert repr(pool) == "BlockPool(made=0/2, free=0)"
+    assert repr(pool) == "BlockPool(made=0/2, free=0, waiting=0)"
     first, second = taken(pool), taken(pool)
     assert (len(first.view), first.view.readonly) == (1024, False)
     assert pool.acquire() is None
@@ -37,7 +37,7 @@ def test_blocks_are_made_when_needed_and_reused() -> None:
     assert taken(pool) is first
     pool.release(second)
     pool.release(first)
-    assert repr(pool) == "BlockPool(made=2/2, free=2)"
+    assert repr(pool) == "BlockPool(made=2/2, free=2, waiting=0)"
 
 
 def test_block_with_two_users_comes_back_with_the_last() -> None:
@@ -101,9 +101,11 @@ async def test_waiter_cancelled_before_its_turn_is_forgotten() -> None:
     gone = asyncio.create_task(pool.acquire_wait())
     stays = asyncio.create_task(pool.acquire_wait())
     await parked(gone, stays)
+    assert repr(pool) == "BlockPool(made=1/1, free=0, waiting=2)"
     gone.cancel()
     with pytest.raises(asyncio.CancelledError):
         await gone
+    assert repr(pool) == "BlockPool(made=1/1, free=0, waiting=1)"
     pool.release(block)
     async with asyncio.timeout(5):
         assert await stays is block

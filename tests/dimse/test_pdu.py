@@ -381,6 +381,7 @@ MALFORMED: Final = [
     ("role without roles", RQ, with_user(item(0x54, b"\0\x031.2")), "truncated role", INVALID),
     ("role with one role", RQ, with_user(item(0x54, b"\0\x031.2\1")), "truncated role", INVALID),
     ("role UID too long", RQ, with_user(item(0x54, b"\0\x091.2\1\1")), "longer than", INVALID),
+    ("extended UID one over", RQ, with_user(item(0x56, b"\0\x041.2")), "longer than", INVALID),
     ("extended UID too long", RQ, with_user(item(0x56, b"\xff\xff1.2")), "longer than", INVALID),
     ("common, no service", RQ, with_user(item(0x57, b"\0\x031.2")), "truncated length", INVALID),
     (
