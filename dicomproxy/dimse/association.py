@@ -47,7 +47,6 @@ from dicomproxy.dimse.transport import AssociationProtocol
 _PDV_HEAD: Final = Struct(">BxLLBB")  # a P-DATA-TF of one PDV: both headers
 _HEAD_BYTES: Final = _PDV_HEAD.size
 _LEAST_PDU_BYTES: Final = 16
-_LONGEST_SMALL_BYTES: Final = 64 * 1024
 
 
 class Sink(Protocol):
@@ -272,7 +271,8 @@ class Association:
 
         Raises:
             AssociationError: it is over, or the peer took nothing for the stall
-                deadline, or *data* broke off; then the association is aborted.
+                deadline; then the association is aborted.
+            OSError: *data* broke off or could not be read; the association is aborted.
         """
         encoded = command.encode()
         async with self._sending:
@@ -313,7 +313,9 @@ class Association:
         most = self._send_pool.block_bytes
         if self.peer_max_length:
             most = min(most, max(self.peer_max_length, _LEAST_PDU_BYTES) + 6)
-        return most
+        # Even: fragments have an even length but for a data set's odd end, and
+        # some receivers give up on others (PS3.7 Annex F).
+        return most & ~1
 
     def _write_small(self, context_id: int, command: bytes, data: bytes | None) -> None:
         chunk = self._pdu_bytes - _HEAD_BYTES
@@ -407,8 +409,13 @@ class Association:
         try:
             async with asyncio.timeout(timeout_seconds):
                 await asyncio.shield(self._closed)
-        except TimeoutError:
-            self.abort()
+        except (TimeoutError, asyncio.CancelledError) as error:
+            # Not by abort(): where both sides asked for release it is over for
+            # its user, and still nothing but us would end the connection.
+            self._end(AssociationAborted(0, 0))
+            self.protocol.abort()
+            if isinstance(error, asyncio.CancelledError):
+                raise
 
     def abort(self) -> None:
         """Abort as service user; nothing where it is over."""
@@ -469,6 +476,9 @@ class Association:
 
     def connected(self) -> None:
         machine = self.protocol.machine
+        if self._ended is not None:  # given up while the connection was being made
+            self.protocol.close_now()
+            return
         if self.request is not None:
             self.protocol.perform(machine.associate())
             self.protocol.perform(machine.send_request(self.request))
@@ -585,7 +595,7 @@ class Association:
 
     @property
     def unfinished(self) -> bool:
-        return self._mid_message
+        return self._ended is None and self._mid_message
 
 
 def _collect(association: Association, context: Context, command: Command) -> Sink:

@@ -175,6 +175,10 @@ class AssociationPool:
             association = await self._layer.request(self.target, proposal or self._proposal)
         except AssociationRejected as error:
             self._give_slot(purpose)
+            if error.rejection.transient and self._idle:
+                # Those we keep without need may be what fills the peer.
+                await self._pop_idle(latest=False).release(_RELEASE_SECONDS)
+                return None
             if error.rejection.transient and self._in_use:
                 # The peer takes no more than it has: wait for one of those.
                 self._lowered_to = max(1, min(self._limit, self._in_use))

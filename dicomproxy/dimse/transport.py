@@ -100,6 +100,7 @@ class AssociationProtocol(asyncio.BufferedProtocol):
         self._watch: asyncio.TimerHandle | None = None
         self._pauses = 0
         self._awaiting_block = False
+        self._broken = False
         self._writable = asyncio.Event()
         self._writable.set()
         self.lost = False
@@ -154,6 +155,10 @@ class AssociationProtocol(asyncio.BufferedProtocol):
             if self._spare is not None:
                 self._parse(self._spare[:size])
                 self._listener.flush()
+                if self._listener.unfinished:
+                    # The rest of a message is not copied piece by piece: that
+                    # would be memory beyond the pool, and no back-pressure.
+                    self._want_block()
             return
         data = block.view[self._fill : self._fill + size]
         self._fill += size
@@ -226,9 +231,15 @@ class AssociationProtocol(asyncio.BufferedProtocol):
         return self._pauses > 0
 
     def _parse(self, data: memoryview) -> None:
+        if self._broken:
+            return
         try:
             for item in self._framer.feed(data):
-                for effect in self.machine.received(item):
+                before = self.machine.state
+                effects = self.machine.received(item)
+                if self.machine.state is State.STA13 and before is not State.STA13:
+                    self._log_protocol_error(f"unexpected {type(item).__name__} in {before.name}")
+                for effect in effects:
                     if type(effect) is Deliver:
                         self._listener.fragment(effect.fragment)
                     else:
@@ -240,29 +251,35 @@ class AssociationProtocol(asyncio.BufferedProtocol):
 
     def protocol_error(self, error: ProtocolError) -> None:
         """Answer what the peer broke by A-ABORT (provider) and say so once."""
+        # What still comes is read and dropped: paused, we would not notice that
+        # the peer closes, and would keep the connection until ARTIM expires.
+        self._broken = True
+        self._lent = False
         if self._is_over():  # already ended; what still comes is of no interest
             return
+        self._log_protocol_error(str(error))
+        self._perform(self.machine.received_invalid(error.reason))
+
+    def _log_protocol_error(self, reason: str) -> None:
         _log.warning(
             "protocol_error",
             association_id=self._association_id,
             peer_address=self.peer_address,
-            reason=str(error),
+            reason=reason,
         )
-        self._perform(self.machine.received_invalid(error.reason))
-        if self._is_over():
-            # Nothing more is read from a peer that does not speak the protocol.
-            self.pause()
 
     def _is_over(self) -> bool:
-        return self.machine.state is State.STA13
+        return self.machine.state in (State.STA1, State.STA13)
 
     def _leave_block(self) -> None:
-        block, self._block = self._block, None
-        self._fill = 0
+        block = self._block
         if block is not None:
+            # Flushed while it is still ours to lend; afterwards it would be copied.
             self._listener.flush()
             self._lent = False
+            self._block = None
             self._pool.release(block)
+        self._fill = 0
 
     def _want_block(self) -> None:
         """Have a block for the next read, or stop reading until there is one."""
