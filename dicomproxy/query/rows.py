@@ -117,15 +117,17 @@ def local_row(style: Style, answer: LocalAnswer, row: Identifier) -> bytes:
     names_another = not row.is_empty(RETRIEVE_AE_TITLE) and row.values(RETRIEVE_AE_TITLE) != (
         title,
     )
-    # At IMAGE level it is never without a value.
-    names_none = (
-        style.request.level is Level.IMAGE
-        and row.is_empty(RETRIEVE_AE_TITLE)
-        and (RETRIEVE_AE_TITLE in row or RETRIEVE_AE_TITLE in style.request.identifier)
+    # Many archives leave it empty above IMAGE level; what was called retrieves it all the same.
+    names_none = row.is_empty(RETRIEVE_AE_TITLE) and (
+        RETRIEVE_AE_TITLE in row or RETRIEVE_AE_TITLE in style.request.identifier
     )
     if title and (names_another or names_none):
         changed = row.copy()
         changed.set_text(RETRIEVE_AE_TITLE, title, "AE")
+    if INSTANCE_AVAILABILITY in row and row.is_empty(INSTANCE_AVAILABILITY):
+        # Never of zero length (PS3.4 C.4.1.1.3.2): an archive that does not know says nothing.
+        changed = changed or row.copy()
+        changed.remove(INSTANCE_AVAILABILITY)
     if style.charset and row.specific_character_set != style.charset and _has_text(row):
         changed = (changed or row).with_character_set(style.charset, replace=True)
     if changed is None and answer.transfer_syntax_uid in ("", style.transfer_syntax_uid):

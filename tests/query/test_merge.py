@@ -179,19 +179,28 @@ def test_a_local_row_is_relayed_as_bytes() -> None:
         assert sent == Answer(status, odd)
 
 
+def test_a_local_row_has_no_empty_instance_availability() -> None:
+    """The element is never of zero length, so an archive that does not know says nothing."""
+    given = identifier(StudyInstanceUID="1.2", InstanceAvailability="")
+    made = read(merge().local(local_answer(given)).answer)
+    assert INSTANCE_AVAILABILITY not in made
+    held = identifier(StudyInstanceUID="1.3", InstanceAvailability="ONLINE")
+    assert read(merge().local(local_answer(held)).answer).text(INSTANCE_AVAILABILITY) == "ONLINE"
+
+
 @pytest.mark.parametrize(
     ("level", "row", "shown"),
     [
         ("STUDY", {"RetrieveAETitle": "LOCALPACS"}, "DICOMPROXY"),
         ("STUDY", {"RetrieveAETitle": ["DICOMPROXY", "LOCALPACS"]}, "DICOMPROXY"),
-        ("STUDY", {"RetrieveAETitle": ""}, ""),
+        ("STUDY", {"RetrieveAETitle": ""}, "DICOMPROXY"),
         ("IMAGE", {"RetrieveAETitle": ""}, "DICOMPROXY"),
     ],
 )
 def test_a_local_row_is_retrieved_through_the_called_title(
     level: str, row: dict[str, Any], shown: str
 ) -> None:
-    """Only Retrieve AE Title changes; at IMAGE level it is never empty."""
+    """Only Retrieve AE Title changes, and it is never empty."""
     unique = {"StudyInstanceUID": "1.2", "SOPInstanceUID": "1.2.3"}
     given = identifier(**unique, **row, InstitutionName="X")
     made = read(merge(level=level).local(local_answer(given)).answer)
