@@ -35,7 +35,7 @@ _BATCH_BYTES: Final = 1024 * 1024
 
 _log = get_logger()
 
-_EVENTS = Counter("dicomproxy_audit_events_total", "Audit events that are on disk.")
+_EVENTS = Counter("dicomproxy_audit_written_total", "Audit events that are on disk.")
 _FAILURES = Counter(
     "dicomproxy_audit_failures_total", "Attempts to write audit events that failed."
 )
@@ -84,6 +84,7 @@ class FileAudit:
         self._queued_events = 0
         self._lost = 0
         self._failing = False
+        self._error: Exception | None = None
         self._closing = False
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -99,9 +100,11 @@ class FileAudit:
         return self._failing
 
     async def start(self) -> None:
-        """Open the file, repair its torn last line. Never raises for the disk."""
-        if self._thread is not None:
-            return
+        """Open the file and repair its torn last line.
+
+        Raises:
+            OSError: it cannot be: a proxy that could record nothing does not start.
+        """
         self._loop = asyncio.get_running_loop()
         opened = asyncio.Event()
         # Without events: the file is opened, and a disk that fails is known at once.
@@ -109,6 +112,9 @@ class FileAudit:
         self._thread = threading.Thread(target=self._run, name="audit-writer", daemon=True)
         self._thread.start()
         await self._wait_for(opened)
+        if self._failing:
+            await self.close()
+            raise self._error or TimeoutError("the audit file's disk does not answer")
 
     async def record(self, *events: AuditEvent) -> None:
         """Return once *events* are on disk.
@@ -238,6 +244,7 @@ class FileAudit:
         _FAILURES.inc()
         with self._condition:
             self._failing = True
+            self._error = error
             queued = self._queued_events
             # All of them, not only the batch's: nobody waits for a failing disk.
             waiting = [entry.done for entry in self._queue if entry.done]

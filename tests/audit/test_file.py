@@ -279,12 +279,24 @@ async def test_disk_that_hangs_holds_record_no_longer_than_its_deadline(
     assert [line["operation_id"] for line in read(path)] == ["op1", "op2"]
 
 
-async def test_unusable_path_is_loud_and_harmless(tmp_path: Path, log_watch: LogWatch) -> None:
-    """Without a file the audit starts, records and closes; what is lost is counted."""
+async def test_path_that_cannot_be_used_shows_at_the_start(tmp_path: Path) -> None:
+    """A proxy that could record nothing does not begin to disclose."""
     (tmp_path / "taken").touch()
     audit = FileAudit(tmp_path / "taken" / "audit.jsonl")
     async with asyncio.timeout(10):
-        await audit.start()
+        with pytest.raises(OSError):
+            await audit.start()
+        await audit.close()
+
+
+async def test_what_cannot_be_written_before_the_end_is_counted(
+    path: Path, monkeypatch: pytest.MonkeyPatch, log_watch: LogWatch
+) -> None:
+    """Events still queued when the audit closes, or recorded after, are said to be lost."""
+    audit = FileAudit(path)
+    await audit.start()
+    Disk(monkeypatch).failing = True
+    async with asyncio.timeout(10):
         await audit.record(event(1), event(2))
         await audit.close()
         await audit.record(event(3))
