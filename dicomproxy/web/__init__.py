@@ -1,4 +1,4 @@
-"""Edge: health, metrics and the status page, over HTTP."""
+"""Health, metrics and a status page over HTTP, read-only and without patient values."""
 
 from __future__ import annotations
 

@@ -1,16 +1,20 @@
-"""The status page: HTML made on the server, without scripts or anything from elsewhere.
+"""The status page: a snapshot as one self-contained HTML document. Pure.
 
-Every value is escaped where it enters the page. It reloads itself every five seconds.
+Rule kept: every value passes :func:`_text` on its way in, whoever it came
+from; AE titles are chosen by peers. The page loads nothing, runs nothing, and
+asks for itself again every few seconds.
 """
 
 from __future__ import annotations
 
-import time
+import base64
+import hashlib
+import html
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from html import escape
 from typing import Final
 
+from dicomproxy.ports import LOCAL
 from dicomproxy.web.status import (
     CacheStatus,
     FailureStatus,
@@ -18,248 +22,279 @@ from dicomproxy.web.status import (
     SourceStatus,
     StatusSnapshot,
 )
+from dicomproxy.web.style import STYLE
 
-STUCK_SECONDS: Final = 30.0
-"""After which an operation in which nothing moves is shown as stuck."""
+REFRESH_SECONDS: Final = 5
+MOST_OPERATIONS: Final = 100
+MOST_FAILURES: Final = 20
 
-_STYLE: Final = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; --good: #1a7f37;
-  --bad: #cf222e; --warn: #9a6700; }
-@media (prefers-color-scheme: dark) { :root { --good: #3fb950; --bad: #f85149;
-  --warn: #d29922; } }
-body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 1200px;
-  padding: 1rem 1.25rem 3rem; }
-h1 { font-size: 1.35rem; margin: 0; }
-h2 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
-header { display: flex; flex-wrap: wrap; gap: .5rem 1.5rem; align-items: baseline; }
-.facts { color: GrayText; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .35rem .7rem .35rem 0; border-bottom: 1px solid var(--line);
-  white-space: nowrap; }
-th { font-weight: 600; font-size: .85rem; color: GrayText; }
-.number { text-align: right; }
-.good { color: var(--good); } .bad { color: var(--bad); } .warn { color: var(--warn); }
-.badge { font-weight: 600; }
-.bar { background: var(--soft); border-radius: 4px; height: .7rem; max-width: 30rem; }
-.bar div { background: var(--good); border-radius: 4px; height: 100%; min-width: 2px; }
-.bar div.full { background: var(--warn); }
-.none { color: GrayText; }
+_STYLE_HASH: Final = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+CONTENT_SECURITY_POLICY: Final = (
+    f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
+)
+"""Lets the page use its own style sheet and nothing else at all."""
+
+_STATE_CLASS: Final = {"ready": "good", "starting": "warn", "draining": "warn"}
+_BREAKER_CLASS: Final = {"closed": "good", "half_open": "warn", "open": "bad"}
+_UNKNOWN: Final = '<span class="soft">–</span>'
+
+
+def render_page(snapshot: StatusSnapshot, now: float) -> str:
+    """Return the page for *snapshot* at *now*, in seconds since 1970.
+
+    Stuck operations come first, then the oldest.
+    """
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="refresh" content="{REFRESH_SECONDS}">
+<title>dicomproxy: {_text(snapshot.state)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<header><h1>dicomproxy</h1>{_marked(snapshot.state, _STATE_CLASS)}
+<span class="soft">version {_text(snapshot.version)}</span></header>
+<main>
+{_overview(snapshot, now)}
+{_sources(snapshot.sources, now)}
+{_operations(snapshot.operations)}
+{_cache(snapshot.cache)}
+{_failures(snapshot.failures)}
+</main>
+<footer>As of {_moment(now)}; renewed every {REFRESH_SECONDS} seconds.</footer>
+</body>
+</html>
 """
 
 
-def render(status: StatusSnapshot) -> str:
-    """Return the page."""
-    state, kind = ("ready", "good") if status.ready else ("not ready", "bad")
-    if status.draining:
-        state, kind = "draining", "warn"
-    now = time.time()
-    facts = (
-        f"version {escape(status.version)}",
-        f"up {_duration(now - status.started_at)}",
-        f"{escape(', '.join(status.ae_titles))} at {escape(status.address)}",
-        f"{status.associations} of {status.max_associations} associations",
-    )
-    return "".join(
-        (
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta http-equiv="refresh" content="5"><title>dicomproxy</title>',
-            f"<style>{_STYLE}</style></head><body>",
-            f'<header><h1>dicomproxy</h1><span class="badge {kind}">{state}</span>',
-            *(f'<span class="facts">{fact}</span>' for fact in facts),
-            "</header>",
-            "<h2>Archives</h2>",
-            _sources(status.sources, now),
-            "<h2>Under way</h2>",
-            _operations(status.operations),
-            "<h2>Cache</h2>",
-            _cache(status.cache),
-            "<h2>Lately failed</h2>",
-            _failures(status.failures),
-            "</body></html>",
-        )
-    )
+# -------------------------------------------------------------------- sections
 
 
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], none: str) -> str:
-    """Build a table of cells that are HTML already; a heading with ``#`` is of numbers."""
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f"<td{_number(heading)}>{cell}</td>"
-            for heading, cell in zip(headings, row, strict=True)
-        )
-        + "</tr>"
-        for row in rows
+def _overview(snapshot: StatusSnapshot, now: float) -> str:
+    titles = ", ".join(snapshot.ae_titles)
+    listening = f"{titles} on {snapshot.address}" if snapshot.address else titles
+    return _section(
+        "Overview",
+        _facts(
+            ("Listening as", _text(listening)),
+            ("Uptime", _duration(now - snapshot.started_at)),
+            ("Associations", _of(snapshot.associations, snapshot.max_associations)),
+            ("Operations", _text(len(snapshot.operations))),
+        ),
     )
-    if not body:
-        return f'<p class="none">{none}</p>'
-    head = "".join(
-        f"<th{_number(heading)}>{escape(heading.lstrip('#'))}</th>" for heading in headings
-    )
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
-
-
-def _number(heading: str) -> str:
-    return ' class="number"' if heading.startswith("#") else ""
 
 
 def _sources(sources: Sequence[SourceStatus], now: float) -> str:
-    return _table(
-        (
-            "Name",
-            "AE title",
-            "Address",
-            "State",
-            "Last answer",
-            "Last failure",
-            "#Median",
-            "#Last",
-            "#In use",
-            "#Idle",
-            "#At most",
-        ),
-        (
-            (
-                escape(source.name),
-                escape(source.ae_title),
-                escape(source.address),
-                _state(source),
-                _ago(source.last_success_at, now),
-                (
-                    f"{escape(source.last_failure)}, {_ago(source.last_failure_at, now)}"
-                    if source.last_failure_at
-                    else _ago(0, now)
-                ),
-                _milliseconds(source.median_seconds),
-                _milliseconds(source.last_seconds),
-                str(source.in_use),
-                str(source.idle),
-                str(source.ceiling),
-            )
-            for source in sources
-        ),
-        "None is configured.",
+    rows = [
+        _row(
+            _text(source.name) + _aside("local PACS" if source.name == LOCAL else ""),
+            _text(source.ae_title) + _aside(source.address),
+            _reachable(source),
+            _marked(source.breaker, _BREAKER_CLASS),
+            _ago(source.last_success_at, now),
+            _last_failure(source, now),
+            f"{source.in_use} / {source.idle} / {source.ceiling}",
+            _latency(source.median_seconds),
+            _latency(source.last_seconds),
+        )
+        for source in sources
+    ]
+    heads = (
+        "Name",
+        "AE title",
+        "Reachable",
+        "Breaker",
+        "Last success",
+        "Last failure",
+        "Associations in use / idle / most",
+        "Query median",
+        "Query last",
     )
-
-
-def _state(source: SourceStatus) -> str:
-    if source.breaker == "open":
-        return '<span class="badge bad">left alone</span>'
-    if source.breaker == "half_open":
-        return '<span class="badge warn">being tried</span>'
-    if source.last_failure_at > source.last_success_at:
-        return '<span class="badge warn">failing</span>'
-    if not source.last_success_at:
-        return '<span class="none">not asked yet</span>'
-    return '<span class="badge good">answers</span>'
+    return _section("Sources", _table(heads, rows, "No sources are configured."))
 
 
 def _operations(operations: Sequence[OperationStatus]) -> str:
-    return _table(
-        (
-            "Operation",
-            "Kind",
-            "Caller",
-            "Level",
-            "To",
-            "Phase",
-            "#Remaining",
-            "#Completed",
-            "#Failed",
-            "#Warning",
-            "#Bytes",
-            "#For",
-            "Moving",
-        ),
-        (
-            (
-                escape(operation.operation_id),
-                escape(operation.kind),
-                f"{escape(operation.caller_ae_title)} ({escape(operation.peer_address)})",
-                escape(operation.query_level),
-                escape(operation.destination_ae_title),
-                escape(operation.phase),
-                str(operation.remaining),
-                str(operation.completed),
-                str(operation.failed),
-                str(operation.warning),
-                size(operation.bytes),
-                _duration(operation.duration_seconds),
-                (
-                    f'<span class="badge bad">stuck for {_duration(operation.quiet_seconds)}</span>'
-                    if operation.quiet_seconds > STUCK_SECONDS
-                    else '<span class="good">yes</span>'
-                ),
-            )
-            for operation in operations
-        ),
-        "Nothing.",
+    ordered = sorted(operations, key=lambda each: (not each.stuck, -each.duration_seconds))
+    rows = [
+        _row(
+            _text(each.operation_id),
+            _text(each.kind),
+            _text(each.caller_ae_title) + _aside(each.peer_address),
+            _or_unknown(each.destination_ae_title),
+            _or_unknown(each.query_level),
+            _state(each),
+            _counts(each),
+            _size(each.bytes),
+            _duration(each.duration_seconds),
+            stuck=each.stuck,
+        )
+        for each in ordered[:MOST_OPERATIONS]
+    ]
+    heads = (
+        "Operation",
+        "Kind",
+        "Caller",
+        "Destination",
+        "Level",
+        "Phase",
+        "Done",
+        "Bytes",
+        "Duration",
     )
+    more = len(ordered) - MOST_OPERATIONS
+    rest = f'<p class="soft">and {more} more</p>' if more > 0 else ""
+    return _section("Operations", _table(heads, rows, "Nothing is running.") + rest)
 
 
 def _cache(cache: CacheStatus) -> str:
-    share = min(1.0, cache.bytes / cache.max_size_bytes) if cache.max_size_bytes else 1.0
-    asked = cache.hits + cache.misses
-    hit_rate = f", {cache.hits / asked:.0%} of {asked} instances were held" if asked else ""
-    spool = (
-        f' <span class="badge bad">{size(cache.spooled_bytes)} in memory: the disk takes none'
-        "</span>"
-        if cache.spooled_bytes
-        else ""
+    most = max(cache.max_size_bytes, 1)
+    used = min(cache.bytes, most)
+    bar = (
+        f'<meter min="0" max="{most}" high="{int(most * 0.95)}" value="{used}"'
+        f' aria-label="Cache in use">{_size(cache.bytes)}</meter>'
     )
-    return (
-        f'<div class="bar"><div class="{"full" if share > 0.95 else ""}" '
-        f'style="width:{share:.1%}"></div></div>'
-        f"<p>{size(cache.bytes)} of {size(cache.max_size_bytes)} ({share:.0%}): "
-        f"{cache.studies} studies, {cache.instances} instances, {cache.in_use} in use, "
-        f"{cache.pinned} pinned, {cache.evictions} evicted{hit_rate}.{spool}</p>"
+    asked = cache.hits + cache.misses
+    ratio = f" ({cache.hits * 100 // asked} %)" if asked else ""
+    spool = _size(cache.spooled_bytes)
+    if cache.spooled_bytes:
+        spool = f'<span class="bad">{spool}: the disk takes none</span>'
+    return _section(
+        "Cache",
+        bar
+        + _facts(
+            ("Used", f"{_size(cache.bytes)} of {_size(cache.max_size_bytes)}"),
+            ("Studies", _text(cache.studies)),
+            ("Instances", _text(cache.instances)),
+            ("In use / pinned", f"{cache.in_use} / {cache.pinned}"),
+            ("Hits / misses", f"{cache.hits} / {cache.misses}{ratio}"),
+            ("Evictions", _text(cache.evictions)),
+            ("Memory spool", spool),
+        ),
     )
 
 
 def _failures(failures: Sequence[FailureStatus]) -> str:
-    return _table(
-        ("When (UTC)", "What", "Detail"),
-        (
-            (
-                datetime.fromtimestamp(failure.at, UTC).strftime("%Y-%m-%d %H:%M:%S"),
-                escape(failure.event),
-                escape(failure.detail),
-            )
-            for failure in failures
-        ),
-        "Nothing.",
+    latest = sorted(failures, key=lambda each: each.at, reverse=True)[:MOST_FAILURES]
+    rows = [_row(_moment(each.at), _text(each.event), _or_unknown(each.detail)) for each in latest]
+    return _section(
+        "Recent failures", _table(("When", "What", "Detail"), rows, "None since the start.")
     )
 
 
-def size(amount: float) -> str:
-    """Write a number of bytes with a decimal unit."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if amount < 1000 or unit == "TB":
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1000
-    raise AssertionError
+# ---------------------------------------------------------------------- pieces
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{_text(title)}</h2>\n{content}</section>"
+
+
+def _facts(*facts: tuple[str, str]) -> str:
+    shown = "".join(f"<div><dt>{_text(name)}</dt><dd>{value}</dd></div>" for name, value in facts)
+    return f'<dl class="facts">{shown}</dl>'
+
+
+def _table(heads: Iterable[str], rows: Sequence[str], empty: str) -> str:
+    if not rows:
+        return f'<p class="soft">{_text(empty)}</p>'
+    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in heads)
+    body = "\n".join(rows)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
+    return f'<div class="wide">{table}</div>'
+
+
+def _row(*cells: str, stuck: bool = False) -> str:
+    """Return a table row of *cells*, which are HTML already."""
+    mark = ' class="stuck"' if stuck else ""
+    return f"<tr{mark}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
+def _state(operation: OperationStatus) -> str:
+    if not operation.stuck:
+        return _or_unknown(operation.phase)
+    since = _duration(operation.quiet_seconds)
+    return f'{_text(operation.phase)} <span class="warn">stuck: no progress for {since}</span>'
+
+
+def _counts(operation: OperationStatus) -> str:
+    done = operation.completed + operation.warning + operation.failed
+    shown = _text(operation.completed)
+    if operation.remaining:
+        shown += f" of {done + operation.remaining}"
+    if operation.warning:
+        shown += f' <span class="warn">{operation.warning} warnings</span>'
+    if operation.failed:
+        shown += f' <span class="bad">{operation.failed} failed</span>'
+    return shown
+
+
+def _reachable(source: SourceStatus) -> str:
+    if source.reachable is None:
+        return '<span class="soft">not asked yet</span>'
+    return '<span class="good">yes</span>' if source.reachable else '<span class="bad">no</span>'
+
+
+def _last_failure(source: SourceStatus, now: float) -> str:
+    if not source.last_failure_at:
+        return _UNKNOWN
+    return f"{_text(source.last_failure)} {_ago(source.last_failure_at, now)}"
+
+
+def _marked(word: str, classes: dict[str, str]) -> str:
+    return f'<span class="{classes.get(word, "soft")}">{_text(word.replace("_", " "))}</span>'
+
+
+def _aside(value: str) -> str:
+    return f' <span class="soft">{_text(value)}</span>' if value else ""
+
+
+def _or_unknown(value: str) -> str:
+    return _text(value) if value else _UNKNOWN
+
+
+def _text(value: object) -> str:
+    # A lone surrogate would keep the whole page from being encoded.
+    shown = str(value).encode(errors="replace").decode()
+    return html.escape(shown, quote=True)
+
+
+def _of(value: int, limit: int) -> str:
+    return f"{value} of {limit}" if limit else str(value)
+
+
+def _moment(at: float) -> str:
+    return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _ago(at: float, now: float) -> str:
+    return f"{_duration(now - at)} ago" if at else _UNKNOWN
+
+
+def _latency(seconds: float | None) -> str:
+    if seconds is None:
+        return _UNKNOWN
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
 def _duration(seconds: float) -> str:
-    seconds = max(0.0, seconds)
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    if seconds < 172800:
-        return f"{seconds / 3600:.0f} h"
-    return f"{seconds / 86400:.0f} d"
+    """Return the two largest units of a duration, such as ``3 h 12 min``."""
+    whole = max(0, int(seconds))  # clocks may have been set back
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3_600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 86_400:
+        return f"{whole // 3_600} h {whole % 3_600 // 60} min"
+    return f"{whole // 86_400} d {whole % 86_400 // 3_600} h"
 
 
-def _ago(moment: float, now: float) -> str:
-    if not moment:
-        return '<span class="none">never</span>'
-    return f"{_duration(now - moment)} ago"
-
-
-def _milliseconds(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds * 1000:.0f} ms"
+def _size(count: int) -> str:
+    """Return bytes in decimal units, as disks are sold and the configuration counts."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"

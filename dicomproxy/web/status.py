@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+STUCK_SECONDS: Final = 30.0
+"""After which an operation in which nothing moves counts as stuck."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +25,15 @@ class SourceStatus:
     in_use: int
     idle: int
     ceiling: int
+
+    @property
+    def reachable(self) -> bool | None:
+        """What its latest exchange says; None before the first."""
+        if self.breaker == "open":
+            return False
+        if not self.last_success_at and not self.last_failure_at:
+            return None
+        return self.last_success_at >= self.last_failure_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +54,11 @@ class OperationStatus:
     bytes: int
     duration_seconds: float
     quiet_seconds: float
+
+    @property
+    def stuck(self) -> bool:
+        """Whether nothing has moved for longer than :data:`STUCK_SECONDS`."""
+        return self.quiet_seconds > STUCK_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,3 +102,10 @@ class StatusSnapshot:
     operations: tuple[OperationStatus, ...]
     cache: CacheStatus
     failures: tuple[FailureStatus, ...] = ()
+
+    @property
+    def state(self) -> str:
+        """``starting``, ``ready`` or ``draining``."""
+        if self.draining:
+            return "draining"
+        return "ready" if self.ready else "starting"
