@@ -22,6 +22,7 @@ Keys = Mapping[str, str]
 """Keyword or ``gggg,eeee`` to value; an empty value asks for the attribute."""
 
 _STATUS = re.compile(r"DIMSE Status\s+: 0x([0-9a-f]{4})")
+_ECHO_STATUS = re.compile(r"Received Echo Response \((?:(Success)|.*0x([0-9a-fA-F]{4})|.*)\)")
 _COUNT = re.compile(r"(Remaining|Completed|Failed|Warning) Suboperations\s+: (\d+|none)")
 _NAMES = {
     "Remaining": "remaining",
@@ -208,6 +209,10 @@ def _responses(output: str) -> tuple[Response, ...]:
         elif status := _STATUS.search(line):
             responses.append(Response(int(status.group(1), 16), **counts))
             counts = {}
+        elif echo := _ECHO_STATUS.search(line):
+            # echoscu names the status; those it has words for are refusals.
+            code = "0000" if echo.group(1) else echo.group(2) or "0122"
+            responses.append(Response(int(code, 16)))
     return tuple(responses)
 
 
@@ -235,8 +240,16 @@ class _Scp:
         return self._running.log.read_text(encoding="latin-1")
 
     async def __aenter__(self) -> Self:
-        await asyncio.to_thread(self.start)
+        try:
+            await self._prepare()
+            await asyncio.to_thread(self.start)
+        except BaseException:
+            await self.__aexit__()
+            raise
         return self
+
+    async def _prepare(self) -> None:
+        """Do what must be done once before the program starts."""
 
     async def __aexit__(self, *_: object) -> None:
         if self._process:
@@ -316,7 +329,8 @@ class Dcmqrscp(_Scp):
         ae_title: its AE title, also that of its one storage area.
         destinations: AE title, host and port of every C-MOVE destination.
         instances: Part 10 files that it holds from the start.
-        options: further options.
+        options: further options; ``-xv`` and ``+xv``, for one, have it send and take
+            JPEG 2000 lossless too, which by default it does not.
     """
 
     program = "dcmqrscp"
@@ -337,7 +351,7 @@ class Dcmqrscp(_Scp):
         self.storage = self.directory / "storage"
         self.storage.mkdir()
 
-    async def __aenter__(self) -> Self:
+    async def _prepare(self) -> None:
         files = [
             self._keep(instance, self.storage / f"held{number:05d}.dcm")
             for number, instance in enumerate(self._instances)
@@ -348,7 +362,6 @@ class Dcmqrscp(_Scp):
             exit_code, _ = await run_program(command, self.directory, 60.0)
             if exit_code:
                 raise PeerFailed("dcmqridx could not index the instances")
-        return await super().__aenter__()
 
     def arguments(self) -> list[str]:
         configuration = self.directory / "dcmqrscp.cfg"
@@ -360,7 +373,7 @@ class Dcmqrscp(_Scp):
         lines += ["HostTable END", "VendorTable BEGIN", "VendorTable END", "AETable BEGIN"]
         lines += [f"{self.ae_title} {self.storage} RW (1000, 10gb) ANY", "AETable END", ""]
         configuration.write_text("\n".join(lines), encoding="ascii")
-        return ["-v", "+xa", "-c", str(configuration), *self._options, str(self.port)]
+        return ["-v", "-dhl", "-c", str(configuration), *self._options, str(self.port)]
 
     def _keep(self, instance: bytes | Path, path: Path) -> Path:
         if isinstance(instance, Path):

@@ -52,7 +52,11 @@ class Orthanc:
     # ------------------------------------------------------------- lifetime
 
     async def __aenter__(self) -> Self:
-        await self.start()
+        try:
+            await self.start()
+        except BaseException:
+            await self.__aexit__()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
