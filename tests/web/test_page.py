@@ -284,7 +284,7 @@ def _poisoned(value: Any, poison: str) -> Any:
 
 @given(
     poison=st.one_of(
-        st.text(st.characters(), min_size=1),
+        st.text(st.characters()),
         st.sampled_from(
             ["<b>", "</td><script>alert(1)</script>", '"><i x="', "'&lt;", "]]>", "<!--", "\ud800"]
         ),
@@ -293,6 +293,7 @@ def _poisoned(value: Any, poison: str) -> Any:
 def test_no_text_becomes_markup(poison: str) -> None:
     """Whatever the texts of a snapshot are, the page has the same tags and attributes."""
     plain = Reader(render_page(_poisoned(FULL, "x"), NOW)).tags
-    page = render_page(_poisoned(FULL, poison), NOW)
+    # Not a word with a meaning, such as a breaker's "open", which has a look of its own.
+    page = render_page(_poisoned(FULL, f"x{poison}"), NOW)
     page.encode()
     assert Reader(page).tags == plain
