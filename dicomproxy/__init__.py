@@ -6,7 +6,8 @@ region; opening a remote one fetches it and delivers it as the local PACS would.
 
 The rooms, from the network inwards::
 
-    cli/           commands: serve, demo, check, doctor, echo, find, move, cache
+    cli/           commands: serve, demo, check, doctor, cache
+    demo/          an embedded region for the demo; talks to the proxy over DICOM only
     app.py         wiring: construct, validate, start; stop in reverse
     config/        one YAML file becomes values, once, at the door
 
