@@ -33,7 +33,7 @@ class Caller:
 
     ``sources`` are the names this caller may see, in order of precedence. A
     caller that ``is_source`` itself is answered from the local PACS alone, so
-    that two proxies facing each other cannot loop (D15). ``charset`` are the
+    that two proxies facing each other cannot loop. ``charset`` are the
     defined terms its answers are written in, none for whatever fits.
     """
 
@@ -104,7 +104,7 @@ class SourceQuery:
 
 @dataclass(slots=True)
 class RetrieveProgress:
-    """What a source says of a retrieve under way; counts may lie (D6)."""
+    """What a source says of a retrieve under way; counts may lie."""
 
     remaining: int | None = None
     completed: int = 0
@@ -139,6 +139,11 @@ class Source(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def wants_sop_classes(self) -> bool:
+        """Whether an order should wait for the manifest, to name its SOP Classes (C-GET)."""
+        ...
 
     def find(self, query: SourceQuery) -> AsyncGenerator[Identifier, None]:
         """Yield matches as they arrive, at most the source's cap.
@@ -330,7 +335,7 @@ class InstanceReader(Protocol):
 
 
 class InstanceStore(Protocol):
-    """The bounded cache of instances, grouped by study (D9)."""
+    """The bounded cache of instances, grouped by study."""
 
     async def lease(self, study_instance_uid: str) -> StudyLease:
         """Open a study for use, creating it empty if it is not held."""
@@ -381,7 +386,7 @@ class Arrival(Protocol):
 
 
 class Arrivals(Protocol):
-    """Where instances go that sources send, whether by C-STORE or within a C-GET (D14)."""
+    """Where instances go that sources send, whether by C-STORE or within a C-GET."""
 
     def source_for(self, candidates: Sequence[str]) -> str | None:
         """Return which of the sources that a sender may be is being retrieved from."""

@@ -17,6 +17,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
+from dicomproxy import logs
 from dicomproxy.app import run_on_loop
 from dicomproxy.config import Settings
 from dicomproxy.config.model import LocalSection, SourceEntry
@@ -71,6 +72,7 @@ _STORES_METRIC: Final = re.compile(
 
 def run(settings: Settings) -> int:
     """Try every route; return 0 if all are fine, 1 otherwise."""
+    logs.configure("error", "console")  # what happens is printed, step by step
     return run_on_loop(lambda: _Doctor(settings).run())
 
 
@@ -441,7 +443,10 @@ def _stores_of(host: str, port: int) -> float:
     )
     try:
         connection.request("GET", "/metrics")
-        text = connection.getresponse().read().decode("utf-8", "replace")
+        answer = connection.getresponse()
+        text = answer.read().decode("utf-8", "replace")
+        if answer.status != http.HTTPStatus.OK:
+            return -1
     except (OSError, http.client.HTTPException):
         return -1
     finally:

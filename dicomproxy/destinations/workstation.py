@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from prometheus_client import Counter
 
@@ -47,6 +47,7 @@ from dicomproxy.ports import (
 
 _RECENT_PAIRS: Final = 40
 _RETRY_PAUSE_SECONDS: Final = 1.0
+_PATIENCE_SECONDS: Final = 1.0
 _RELEASE_SECONDS: Final = 5.0
 _WARNINGS: Final = frozenset({0x0107, 0x0116})  # PS3.7 C.4.2; the Bxxx ones besides
 
@@ -94,6 +95,8 @@ class Workstation:
         # Shared by all workstations: what is converted is held in memory.
         self.transcoding = transcoding or asyncio.Semaphore(1)
         self.recent: OrderedDict[Pair, None] = OrderedDict()
+        self.takes_turns = False
+        """It was seen to take one association at a time."""
 
     def open(
         self, calling_ae_title: str, originator: Originator, operation_id: str = ""
@@ -221,7 +224,7 @@ class WorkstationDelivery:
                 return association
         self._pairs[pair] = None
         self._workstation.remember(pair)
-        limit = max(1, self._settings.associations)
+        limit = 1 if self._workstation.takes_turns else max(1, self._settings.associations)
         while len(self._open) >= limit:
             oldest, _ = self._open.pop(0)
             await oldest.release(_RELEASE_SECONDS)
@@ -250,20 +253,45 @@ class WorkstationDelivery:
         give_up = loop.time() + self._settings.retry_seconds
         while True:
             try:
-                return await self._workstation.layer.request(self._target, proposal)
+                return await self._request(proposal)
             except AssociationRejected as error:
                 if not error.rejection.transient:
                     raise DestinationError(Failure.REJECTED, error.rejection.in_words()) from None
                 if self._open:
-                    # It takes one of us at a time: the others give way.
-                    other, _ = self._open.pop(0)
-                    await other.release(_RELEASE_SECONDS)
+                    await self._give_way()
                     continue
                 if loop.time() + _RETRY_PAUSE_SECONDS >= give_up:
                     raise DestinationError(Failure.BUSY, error.rejection.in_words()) from None
             except AssociationError as error:
                 raise DestinationError(_failure_of(error)) from None
             await asyncio.sleep(_RETRY_PAUSE_SECONDS)
+
+    async def _request(self, proposal: Proposal) -> Association:
+        """Associate; where others are open and no answer comes, let them go first.
+
+        Many workstations serve one association at a time: the next one is
+        connected but not answered until the first is released.
+        """
+        request = self._workstation.layer.request(self._target, proposal)
+        if not self._open:
+            return await request
+        async with asyncio.TaskGroup() as group:
+            requesting = group.create_task(_outcome(request), name="associate")
+            done, _ = await asyncio.wait({requesting}, timeout=_PATIENCE_SECONDS)
+            if not done:
+                await self._give_way()
+        outcome = requesting.result()
+        if isinstance(outcome, AssociationError):
+            raise outcome
+        return outcome
+
+    async def _give_way(self) -> None:
+        if not self._workstation.takes_turns:
+            self._workstation.takes_turns = True
+            _log.info("workstation_takes_turns", destination_ae_title=self._settings.ae_title)
+        while self._open:
+            association, _ = self._open.pop()
+            await association.release(_RELEASE_SECONDS)
 
     def _forget(self, association: Association) -> None:
         association.abort()
@@ -304,6 +332,16 @@ class WorkstationDelivery:
             transfer_syntax_uid=instance.transfer_syntax_uid,
             reason=reason,
         )
+
+
+async def _outcome(
+    request: Coroutine[Any, Any, Association],
+) -> Association | AssociationError:
+    """Return a failure instead of raising it, which would end the group it runs in."""
+    try:
+        return await request
+    except AssociationError as error:
+        return error
 
 
 class _Bytes:

@@ -215,6 +215,10 @@ def decode_command(data: bytes) -> Command:
         value = data[at : at + length]
         at += length
         if element == Tag.GROUP_LENGTH:
+            # What follows the group is not part of it. An archive in wide use
+            # repeats the identifier of its last C-GET response there.
+            if length == 4 and at == 12:
+                end = min(end, at + int.from_bytes(value, "little"))
             continue
         if element in elements:
             raise ProtocolError("command element occurs twice")

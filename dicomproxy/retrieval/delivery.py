@@ -22,6 +22,7 @@ from dicomproxy.ports import (
     Delivered,
     Destination,
     DestinationError,
+    Failure,
     InstanceReader,
     InstanceStore,
     Refused,
@@ -36,6 +37,7 @@ from dicomproxy.retrieval.tally import (
 _log = get_logger()
 
 _CLOSE_SECONDS: Final = 10.0
+_MAY_BE_OCCUPIED: Final = frozenset({Failure.TIMEOUT, Failure.BUSY})
 
 _SUB_OPERATIONS = Counter(
     "dicomproxy_suboperations_total", "Instances delivered, by outcome.", ["outcome"]
@@ -58,6 +60,8 @@ class Outlet:
         self._turn = asyncio.Lock()
         self.lost: DestinationError | None = None
         self.stopped = False
+        self.occupied: asyncio.Event | None = None
+        """Set once whoever else sends to the same destination has ended."""
 
     async def send(self, store: InstanceStore, instance: CachedInstance) -> Delivered | None:
         """Deliver an instance in its turn; None if the outlet is lost or stopped.
@@ -85,7 +89,16 @@ class Outlet:
     async def _deliver(self, instance: CachedInstance, reader: InstanceReader) -> Delivered:
         if self._destination is None:
             self._destination = self._open()
-        return await self._destination.deliver(instance, reader)
+        try:
+            return await self._destination.deliver(instance, reader)
+        except DestinationError as error:
+            occupied, self.occupied = self.occupied, None
+            if occupied is None or error.failure not in _MAY_BE_OCCUPIED:
+                raise
+            # The local PACS sends to it meanwhile, and it takes one association at a time.
+            _log.info("delivery_waits", destination_ae_title=self._ae_title)
+            await occupied.wait()
+            return await self._destination.deliver(instance, reader)
 
     async def close(self) -> None:
         """Let the destination go. Never raises."""

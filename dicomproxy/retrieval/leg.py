@@ -175,6 +175,8 @@ class Leg:
         wanted = subscription.selection
         if subscription.is_narrowed or subscription.listed or self._gave_up:
             return []
+        if self.holder.source.wants_sop_classes:
+            return []
         held = self._flight.lease.instances
         if wanted.level is Level.STUDY:
             if held or self._orders or self._units or self._attempts:

@@ -204,6 +204,7 @@ class RetrieveOperation:
         async with asyncio.TaskGroup() as group:
             if relayed:
                 self._relay = Relay(relayed, self.tally.part())
+                self._outlet.occupied = self._relay.ended
                 group.create_task(self._run_relay(self._relay), name="relay")
             for study in ours:
                 disclosure = Disclosure(study)

@@ -69,6 +69,11 @@ class DimseSource:
     def name(self) -> str:
         return self.archive.settings.name
 
+    @property
+    def wants_sop_classes(self) -> bool:
+        """Whether its contexts follow from the SOP Classes of an order."""
+        return self.archive.settings.retrieve == "c-get"
+
     # -------------------------------------------------------------------- find
 
     async def find(self, query: SourceQuery) -> AsyncGenerator[Identifier, None]:

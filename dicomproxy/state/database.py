@@ -34,6 +34,13 @@ _SCHEMA: Final = f"""
     PRAGMA user_version = {SCHEMA_VERSION};
     COMMIT;
 """
+_REMEMBER: Final = """
+    INSERT INTO location VALUES (?, ?, ?, ?)
+    ON CONFLICT (study_instance_uid, source) DO UPDATE SET
+        last_seen = excluded.last_seen,
+        patient_id = CASE excluded.patient_id WHEN '' THEN patient_id ELSE excluded.patient_id END
+"""
+"""A row that does not name the patient does not unname one."""
 _DAMAGED: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _SIDE_FILES: Final = ("", "-wal", "-shm")
 _BUSY_SECONDS: Final = 5.0
@@ -96,7 +103,7 @@ class Database:
                 connection.executemany(
                     "DELETE FROM location WHERE study_instance_uid = ? AND source = ?", gone
                 )
-                connection.executemany("INSERT OR REPLACE INTO location VALUES (?, ?, ?, ?)", seen)
+                connection.executemany(_REMEMBER, seen)
 
         self._run(apply)
 

@@ -267,5 +267,5 @@ def _apply(changes: Mapping[str, Location | None], known: _Known) -> None:
     for source, location in changes.items():
         if location is None:
             known.pop(source, None)
-        else:
+        elif location.patient_id or source not in known:
             known[source] = location

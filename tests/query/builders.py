@@ -84,6 +84,8 @@ async def play(steps: Sequence[Step]) -> AsyncIterator[Any]:
 class ScriptedSource:
     """A source that plays its script for each question, and notes how each one ended."""
 
+    wants_sop_classes = False
+
     def __init__(self, name: str, *script: Step) -> None:
         self.name = name
         self.script = script

@@ -101,6 +101,8 @@ def encoded(study_uid: str, series: str, uid: str, patient_id: str, filler: str 
 class Archive:
     """A source. ``sent`` counts what left it, ``gate`` holds each instance back."""
 
+    wants_sop_classes = False
+
     def __init__(self, name: str, *studies: Study) -> None:
         self.name = name
         self.studies = {held.uid: held for held in studies}
