@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
 
 from dicomproxy import __version__
-from dicomproxy.services.operations import Operation
+from dicomproxy.services.operations import Operation, Operations
 from dicomproxy.sources.archive import Archive
 from dicomproxy.web import (
     CacheStatus,
@@ -19,6 +20,8 @@ from dicomproxy.web import (
 
 if TYPE_CHECKING:
     from dicomproxy.app import Application
+
+_MOST_FAILURES: Final = 20
 
 
 def snapshot(application: Application) -> StatusSnapshot:
@@ -52,11 +55,22 @@ def snapshot(application: Application) -> StatusSnapshot:
             misses=stats.misses,
             evictions=stats.evictions,
         ),
-        failures=tuple(
-            FailureStatus(failure.at, failure.event, failure.detail)
-            for failure in reversed(application.operations.recent_failures)
-        ),
+        failures=_failures(application.operations, archives),
     )
+
+
+def _failures(operations: Operations, archives: Sequence[Archive]) -> tuple[FailureStatus, ...]:
+    """Return what failed lately, operations and exchanges with archives, the latest first."""
+    failures = [
+        FailureStatus(failure.at, failure.event, failure.detail)
+        for failure in operations.recent_failures
+    ]
+    failures.extend(
+        FailureStatus(at, f"{archive.settings.name} {operation}", failure)
+        for archive in archives
+        for at, operation, failure in archive.recent_failures
+    )
+    return tuple(sorted(failures, key=lambda failure: -failure.at)[:_MOST_FAILURES])
 
 
 def _source(archive: Archive) -> SourceStatus:

@@ -147,6 +147,8 @@ class Archive:
         self._last_success_at = 0.0
         self._last_failure_at = 0.0
         self._last_failure = ""
+        self.recent_failures: deque[tuple[float, str, str]] = deque(maxlen=20)
+        """When (seconds since 1970), in which operation, in a word what."""
 
     def make_pool(self, calling_ae_title: str) -> AssociationPool:
         """Return a pool of associations on which we are *calling_ae_title*."""
@@ -276,6 +278,7 @@ class Archive:
             self.breaker.failure()
         self._last_failure_at = time.time()
         self._last_failure = str(failure)
+        self.recent_failures.append((self._last_failure_at, operation, str(failure)))
         _EXCHANGES.labels(self.settings.name, operation, str(failure)).inc()
 
     def _breaker_changed(self, state: BreakerState) -> None:
