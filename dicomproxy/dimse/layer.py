@@ -74,7 +74,7 @@ class Limits:
     max_identifier_bytes: int = 1024 * 1024
     max_command_bytes: int = 64 * 1024
     max_pending_messages: int = 32
-    receive_memory_bytes: int = 32 * 1024 * 1024
+    receive_memory_bytes: int = 16 * 1024 * 1024
     send_memory_bytes: int = 16 * 1024 * 1024
 
     @property
