@@ -168,8 +168,8 @@ class Application:
     async def drain(self) -> None:
         """Take no more work, let what is under way end within the grace period, else cancel it."""
         self.draining = True
-        if self.listener is not None:
-            self.listener.drain()
+        if self.routing is not None:
+            self.routing.acceptor.drain()
         try:
             async with asyncio.timeout(self.settings.proxy.shutdown_grace):
                 await self.operations.wait_idle()

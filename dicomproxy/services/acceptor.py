@@ -22,7 +22,12 @@ from dicomproxy.dimse.negotiation import (
     requestors_order,
 )
 from dicomproxy.dimse.operations import VERIFICATION
-from dicomproxy.dimse.pdu import AssociateAccept, AssociateReject, AssociateRequest
+from dicomproxy.dimse.pdu import (
+    REJECT_CONGESTION,
+    AssociateAccept,
+    AssociateReject,
+    AssociateRequest,
+)
 from dicomproxy.logs import get_logger
 from dicomproxy.ports import Caller
 from dicomproxy.query.coordinator import QueryCoordinator
@@ -82,6 +87,7 @@ class ServiceAcceptor:
         self._directory = directory
         self._operations = operations
         self._peers: dict[Association, Peer] = {}
+        self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -94,6 +100,8 @@ class ServiceAcceptor:
         )
         if isinstance(peer, AssociateReject):
             return peer
+        if self._draining and not self._storage.expects(peer):
+            return REJECT_CONGESTION
         negotiated = negotiate(request, lambda uid: self._supported(peer, uid))
         self._peers[association] = peer
         self._idle.clear()
@@ -146,6 +154,10 @@ class ServiceAcceptor:
             self._peers.pop(association, None)
             if not self._peers:
                 self._idle.set()
+
+    def drain(self) -> None:
+        """Admit nobody any more but those who bring what a retrieve under way waits for."""
+        self._draining = True
 
     async def wait_idle(self) -> None:
         """Return once no association is being served here."""

@@ -53,6 +53,10 @@ class StorageService:
         """Return what is accepted from a sender for *sources*: the first one's order."""
         return self._accept.get(sources[0]) if sources else None
 
+    def expects(self, peer: Peer) -> bool:
+        """Tell whether anything is being fetched from a source for which *peer* sends."""
+        return self._arrivals.source_for(peer.sends_for) is not None
+
     def sink(
         self, association: Association, peer: Peer, context: Context, command: Command
     ) -> Sink:
