@@ -30,7 +30,7 @@ from dicomproxy.dimse.errors import (
 )
 from dicomproxy.dimse.framing import Fragment
 from dicomproxy.dimse.machine import State
-from dicomproxy.dimse.negotiation import Context
+from dicomproxy.dimse.negotiation import Context, accepted_contexts
 from dicomproxy.dimse.pdu import (
     AbortReason,
     AssociateAccept,
@@ -496,6 +496,9 @@ class Association:
             case AssociateAccept():
                 self.accept = pdu
                 self.peer_max_length = pdu.user.max_length
+                if self.request is not None:
+                    # At once: the acceptor's first message may be right behind.
+                    self.contexts = accepted_contexts(self.request, pdu)
                 if not self._negotiated.done():
                     self._negotiated.set_result(pdu)
             case AssociateReject():

@@ -30,7 +30,6 @@ from dicomproxy.dimse.errors import (
 from dicomproxy.dimse.negotiation import (
     IMPLEMENTATION_CLASS_UID,
     IMPLEMENTATION_VERSION_NAME,
-    accepted_contexts,
 )
 from dicomproxy.dimse.pdu import (
     AssociateRequest,
@@ -164,11 +163,10 @@ class UpperLayer:
             association.protocol.close_now()
             raise
         try:
-            accept = await association.negotiated(self.timers.association)
+            await association.negotiated(self.timers.association)
         except asyncio.CancelledError:
             association.abort()
             raise
-        association.contexts = accepted_contexts(request, accept)
         return association
 
     def _make(

@@ -376,7 +376,12 @@ class AssociationProtocol(asyncio.BufferedProtocol):
                         self._artim.cancel()
                         self._artim = None
                 case Close():
-                    if self.transport is not None and not self.transport.is_closing():
+                    if self.transport is None or self.transport.is_closing():
+                        continue
+                    if self.machine.state is State.STA1 and not self._writable.is_set():
+                        # The peer ended it: nobody is to wait until it reads the rest.
+                        self.close_now()
+                    else:
                         self.transport.close()
                         # close() waits for the peer to read what is unsent.
                         self._start_artim()

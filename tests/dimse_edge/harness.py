@@ -35,7 +35,7 @@ SHORT = 0.2
 def patient(**changed: float) -> Timers:
     """Return timers that pass for nobody but those named."""
     return Timers(
-        **{"artim": 5.0, "association": 8.0, "response": 8.0, "idle": 8.0, "stall": 8.0, **changed}
+        **{"artim": 60.0, "association": 8.0, "response": 8.0, "idle": 8.0, "stall": 8.0, **changed}
     )
 
 
