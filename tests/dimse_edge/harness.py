@@ -23,6 +23,7 @@ from dicomproxy.dimse.negotiation import (
     negotiate,
 )
 from dicomproxy.dimse.pdu import AssociateAccept, AssociateReject, AssociateRequest
+from dicomproxy.dimse.pool import AssociationPool
 from tests.dimse_edge.raw_peer import CT, DEADLINE_SECONDS, STUDY_ROOT_FIND, VERIFICATION
 
 PROPOSAL = Proposal(
@@ -213,3 +214,21 @@ async def cancel_when(
     with pytest.raises(asyncio.CancelledError):
         async with asyncio.timeout(DEADLINE_SECONDS):
             await task
+
+
+@asynccontextmanager
+async def pool_left_clean(
+    layer: UpperLayer, port: int, *, ceiling: int = 2, **options: Any
+) -> AsyncIterator[AssociationPool]:
+    """Yield a pool towards *port*; afterwards nothing of it is in use, and it is closed."""
+    pool = AssociationPool(layer, target(port), PROPOSAL, ceiling=ceiling, **options)
+    try:
+        yield pool
+        await until(lambda: pool.in_use == 0)
+        assert pool._retrieving == 0
+        assert not pool._waiters
+        assert not pool._purposes
+    finally:
+        await pool.close()
+        assert pool.idle == 0
+        assert len(pool._tasks) == 0
