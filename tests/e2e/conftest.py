@@ -168,7 +168,7 @@ async def proxy(region: Region, start: MakeProxy) -> Proxy:
 async def start_in_front(start: MakeProxy, region: Region, **more: Mapping[str, Any]) -> Proxy:
     """Start the proxy in front of *region*; *more* as for ``configuration``."""
     return await start(
-        local=region.local.node,
+        pacs=region.local.node,
         sources=region.sources,
         workstations=[
             Node("READING1", "127.0.0.1", region.reading1),

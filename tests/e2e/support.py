@@ -39,7 +39,7 @@ class ProxyFailed(RuntimeError):
 def configuration(
     directory: Path,
     *,
-    local: tuple[str, str, int],
+    pacs: tuple[str, str, int],
     sources: Mapping[str, tuple[str, str, int]],
     workstations: Iterable[Node | Mapping[str, Any]] = (),
     port: int = 0,
@@ -48,6 +48,7 @@ def configuration(
     """Return a configuration as it stands in the file.
 
     Args:
+        pacs: the local one.
         sources: nodes by name.
         more: by section, keys that are added; a source's by its name.
     """
@@ -64,7 +65,7 @@ def configuration(
             "port": port or free_port(),
             "shutdown_grace": "5s",
         },
-        "local": dict(zip(("ae_title", "host", "port"), local, strict=True)),
+        "local": dict(zip(("ae_title", "host", "port"), pacs, strict=True)),
         "workstations": entries,
         "sources": [
             {

@@ -56,7 +56,7 @@ async def test_a_dead_and_a_silent_source_cost_no_more_than_the_budget(start: Ma
         await north.upload(map(part10, there))
         await killed.upload(map(part10, study(1, 1)))
         proxy = await start(
-            local=local.node,
+            pacs=local.node,
             sources={"killed": killed.node, "silent": silent, "north": north.node},
             workstations=[reading(query_budget=f"{BUDGET_SECONDS:g}s")],
         )
@@ -92,7 +92,7 @@ async def test_local_rows_arrive_before_any_source_has_answered(start: MakeProxy
     here, there = study(1, 1), study(1, 1)
     async with Archive("LOCALPACS", here) as local, Archive("NORTH", there) as north:
         proxy = await start(
-            local=local.node,
+            pacs=local.node,
             sources={"north": north.node},
             workstations=[reading(query_budget="20s")],
         )
@@ -134,7 +134,7 @@ async def test_local_pacs_down_gives_remote_rows_then_c001(start: MakeProxy) -> 
     there = study(1, 1)
     async with Archive("NORTH", there) as north:
         proxy = await start(
-            local=Node("LOCALPACS", "127.0.0.1", free_port()),
+            pacs=Node("LOCALPACS", "127.0.0.1", free_port()),
             sources={"north": north.node},
             workstations=[reading()],
         )
@@ -170,7 +170,7 @@ async def test_the_region_sees_only_queries_that_name_one_patient(start: MakePro
         Archive("SOUTH", there) as south,
     ):
         proxy = await start(
-            local=local.node,
+            pacs=local.node,
             sources={"north": north.node, "south": south.node},
             workstations=[reading()],
         )
@@ -209,7 +209,7 @@ async def test_a_query_that_names_only_a_study_finds_it_anywhere(start: MakeProx
         Archive("SOUTH") as south,
     ):
         proxy = await start(
-            local=local.node,
+            pacs=local.node,
             sources={"north": north.node, "south": south.node},
             workstations=[reading()],
         )

@@ -1,0 +1,509 @@
+"""Retrieves: each instance leaves its source once, and every way to fail says what is missing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydicom import Dataset
+
+from tests.e2e.conftest import MakeProxy
+from tests.e2e.support import (
+    PROXY_TITLE,
+    Contents,
+    Proxy,
+    collect,
+    identifier,
+    received,
+    uids,
+)
+from tests.peers.archive import Archive
+from tests.peers.dcmtk import Dcmqrscp, Response, StoreScp
+from tests.peers.node import Node
+from tests.peers.orthanc import Orthanc
+from tests.peers.ports import free_port
+from tests.peers.workstation import Workstation
+from tests.support.datasets import data_set_bytes, instance, part10, study
+
+NOWHERE = "2.25.123456789"
+PATIENT = {"query_timeout": "60s"}
+"""For a source that is held back until everybody has asked."""
+
+
+class Setup:
+    """Archives of pynetdicom, workstations, and the proxy between them."""
+
+    def __init__(self, local: Archive, archives: list[Archive], workstations: list[Workstation]):
+        self.local, self.archives, self.workstations = local, archives, workstations
+        self.proxy: Proxy
+
+    @property
+    def reading(self) -> Workstation:
+        return self.workstations[0]
+
+
+@asynccontextmanager
+async def setup(
+    start: MakeProxy,
+    *held: list[Dataset],
+    here: Sequence[Dataset] = (),
+    count: int = 1,
+    kind: type[Archive] = Archive,
+    **more: Any,
+) -> AsyncIterator[Setup]:
+    """Run archives north, south, ... that hold what is *held*, and *count* workstations."""
+    names = ("north", "south", "east")[: len(held)]
+    port = free_port()
+    us = Node(PROXY_TITLE, "127.0.0.1", port)
+    workstations = [Workstation(f"READING{number}", us) for number in range(1, count + 1)]
+    archives = [kind(name.upper(), one, [us]) for name, one in zip(names, held, strict=True)]
+    local = Archive("LOCALPACS", here, [us])
+    entities = [*workstations, *archives, local]
+    made = Setup(local, archives, workstations)
+    # Each request of pynetdicom's takes a thread; by default there are few on a small machine.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(count + 24))
+    try:
+        for entity in entities:
+            await asyncio.to_thread(entity.start)
+        for workstation in workstations:
+            local.destinations[workstation.ae_title] = workstation.node
+        made.proxy = await start(
+            pacs=local.node,
+            sources={name: archive.node for name, archive in zip(names, archives, strict=True)},
+            workstations=[
+                {"ae_title": one.ae_title, "host": one.host, "port": one.port}
+                for one in workstations
+            ],
+            port=port,
+            **more,
+        )
+        yield made
+    finally:
+        # Together, since each takes its time to end.
+        await asyncio.gather(*(asyncio.to_thread(entity.stop) for entity in entities))
+
+
+class Dying(Archive):
+    """An archive that breaks off after it has sent some instances, and then is gone."""
+
+    after = 5
+
+    def _send(self, event: Any, found: list[Dataset], service: Any) -> Iterator[Any]:
+        for number, answer in enumerate(super()._send(event, found, service)):
+            # The first answer is the number of sub-operations.
+            if number > self.after or self.reject:
+                self.reject = "permanent"
+                event.assoc.abort()
+                raise ConnectionError
+            yield answer
+
+
+def contents(instances: list[Dataset]) -> Contents:
+    return {
+        str(one.SOPInstanceUID): (str(one.file_meta.TransferSyntaxUID), data_set_bytes(one))
+        for one in instances
+    }
+
+
+def a_study(instances: list[Dataset]) -> Dataset:
+    return identifier("STUDY", StudyInstanceUID=instances[0].StudyInstanceUID)
+
+
+def figures(response: Response) -> tuple[int, int | None, int | None, int | None]:
+    return response.status, response.completed, response.failed, response.warning
+
+
+# ------------------------------------------------------------------ all at once
+
+
+async def test_twenty_workstations_open_one_study_and_it_is_fetched_once(
+    start: MakeProxy,
+) -> None:
+    """All twenty get every instance; each leaves the source once."""
+    held = study(2, 6, rows=64, columns=64)
+    async with setup(start, held, count=20, north=PATIENT) as made:
+        [north] = made.archives
+        # Nothing is answered before all have asked.
+        north.hold()
+        async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
+            asked = [
+                tasks.create_task(workstation.move(a_study(held)))
+                for workstation in made.workstations
+            ]
+            await made.proxy.until(lambda: running(made.proxy) == 20, "asked by all")
+            north.release()
+
+        assert {figures(one.result().final) for one in asked} == {(0x0000, 12, 0, 0)}
+        for workstation in made.workstations:
+            assert received(workstation.received) == contents(held)
+        assert north.sent == dict.fromkeys(uids(held), 1)
+        disclosed = {
+            line["destination_ae_title"]
+            for line in made.proxy.audit()
+            if line["event"] == "disclosure" and line["outcome"] == "success"
+        }
+        assert disclosed == {workstation.ae_title for workstation in made.workstations}
+
+
+def running(proxy: Proxy) -> int:
+    page = proxy.http("/metrics")[1]
+    prefix = 'dicomproxy_operations_running{kind="retrieve"} '
+    return sum(
+        int(float(line[len(prefix) :])) for line in page.splitlines() if line.startswith(prefix)
+    )
+
+
+async def test_twenty_series_and_their_study_are_fetched_once(start: MakeProxy) -> None:
+    """Requests for parts and for the whole share one fetching."""
+    held = study(20, 3)
+    series = sorted({str(one.SeriesInstanceUID) for one in held})
+    async with setup(start, held, count=2, north=PATIENT) as made:
+        [north] = made.archives
+        north.hold()
+        async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
+            parts = [
+                tasks.create_task(
+                    made.workstations[0].move(
+                        identifier(
+                            "SERIES",
+                            StudyInstanceUID=held[0].StudyInstanceUID,
+                            SeriesInstanceUID=uid,
+                        )
+                    )
+                )
+                for uid in series
+            ]
+            whole = tasks.create_task(made.workstations[1].move(a_study(held)))
+            await made.proxy.until(lambda: running(made.proxy) == 21, "asked for all")
+            north.release()
+
+        assert [figures(one.result().final) for one in parts] == [(0x0000, 3, 0, 0)] * 20
+        assert figures(whole.result().final) == (0x0000, 60, 0, 0)
+        for workstation in made.workstations:
+            assert received(workstation.received) == contents(held)
+        assert north.sent == dict.fromkeys(uids(held), 1)
+
+
+# ---------------------------------------------------------------- what is asked
+
+
+async def test_series_and_images_alone_are_fetched_and_delivered(start: MakeProxy) -> None:
+    """Levels below the study bring what they name; the study then brings the rest."""
+    held = study(3, 3)
+    uid = held[0].StudyInstanceUID
+    async with setup(start, held) as made:
+        [north] = made.archives
+        one_series = await made.reading.move(
+            identifier("SERIES", StudyInstanceUID=uid, SeriesInstanceUID=held[0].SeriesInstanceUID)
+        )
+        assert sorted(made.reading.uids()) == uids(held[:3])
+        two_images = await made.reading.move(
+            identifier(
+                "IMAGE",
+                StudyInstanceUID=uid,
+                SeriesInstanceUID=held[3].SeriesInstanceUID,
+                SOPInstanceUID=[held[3].SOPInstanceUID, held[5].SOPInstanceUID],
+            )
+        )
+        assert sorted(made.reading.uids()) == uids([*held[:3], held[3], held[5]])
+        assert sum(north.sent.values()) == 5
+        made.reading.received.clear()
+        rest = await made.reading.move(a_study(held), message_id=77)
+
+        assert figures(one_series.final) == (0x0000, 3, 0, 0)
+        assert figures(two_images.final) == (0x0000, 2, 0, 0)
+        assert figures(rest.final) == (0x0000, 9, 0, 0)
+        assert received(made.reading.received) == contents(held)
+        assert north.sent == dict.fromkeys(uids(held), 1)
+        # As the local PACS would: under the title that was called, on behalf of who asked.
+        assert {one.calling_ae_title for one in made.reading.received} == {PROXY_TITLE}
+        assert {one.originator_ae_title for one in made.reading.received} == {"READING1"}
+        assert {one.originator_message_id for one in made.reading.received} == {77}
+
+
+async def test_a_study_held_in_two_places_is_united(start: MakeProxy) -> None:
+    """What each holder has of a study comes from it; what both have comes once."""
+    held = study(3, 2)
+    async with setup(start, held[:4], held[2:]) as made:
+        north, south = made.archives
+        series = await made.reading.find(
+            identifier("SERIES", StudyInstanceUID=held[0].StudyInstanceUID, SeriesInstanceUID="")
+        )
+        result = await made.reading.move(a_study(held))
+
+        assert len(series.rows) == 3
+        assert figures(result.final) == (0x0000, 6, 0, 0)
+        assert received(made.reading.received) == contents(held)
+        assert north.sent + south.sent == dict.fromkeys(uids(held), 1)
+
+
+async def test_a_study_that_exists_nowhere_ends_with_success_and_no_suboperation(
+    start: MakeProxy,
+) -> None:
+    """No match is no failure."""
+    async with setup(start, study(1, 1)) as made:
+        result = await made.reading.move(identifier("STUDY", StudyInstanceUID=NOWHERE))
+
+        assert figures(result.final) == (0x0000, 0, 0, 0)
+        assert made.reading.received == []
+        assert len(made.archives[0].asked("move")) == 0
+
+
+async def test_an_unknown_destination_is_a801(start: MakeProxy) -> None:
+    """A title that nobody is configured with is refused, and nothing is fetched for it."""
+    held = study(1, 2)
+    async with setup(start, held) as made:
+        result = await made.reading.move(a_study(held), "NOBODY")
+
+        assert result.final.status == 0xA801
+        assert made.archives[0].asked("move") == []
+
+
+async def test_deliver_proxy_fetches_local_studies_like_any_other(start: MakeProxy) -> None:
+    """A local PACS that knows no workstation sends to the proxy, which delivers."""
+    here, there = study(1, 3), study(1, 2)
+    async with setup(start, there, here=here, local={"deliver": "proxy"}) as made:
+        for workstation in made.workstations:
+            made.local.destinations.pop(workstation.ae_title)
+        result = await made.reading.move(
+            identifier(
+                "STUDY", StudyInstanceUID=[here[0].StudyInstanceUID, there[0].StudyInstanceUID]
+            )
+        )
+        unknown = await made.reading.move(a_study(here), "NOBODY")
+
+        assert figures(result.final) == (0x0000, 5, 0, 0)
+        assert received(made.reading.received) == contents(here + there)
+        assert unknown.final.status == 0xA801
+
+
+# ------------------------------------------------------------------- it goes wrong
+
+
+async def test_cancel_reaches_the_source_and_ends_with_fe00(start: MakeProxy) -> None:
+    """C-CANCEL in the middle of a study stops the fetching; the counts say how far it came."""
+    held = study(1, 60)
+    async with setup(start, held) as made:
+        [north] = made.archives
+        north.delay_seconds = 0.1
+        result = await made.reading.move(a_study(held), cancel_after=3)
+
+        final = result.final
+        assert final.status == 0xFE00
+        assert final.completed is not None
+        assert final.failed == final.warning == 0
+        assert 0 < final.completed < 60
+        assert final.completed == len(made.reading.received)
+        await made.proxy.until(lambda: north.cancelled > 0, "cancelled at the source")
+        assert sum(north.sent.values()) < 60
+
+
+async def test_the_rest_of_a_study_comes_from_the_next_holder(start: MakeProxy) -> None:
+    """A source that is gone in the middle of a study is replaced by another that holds it."""
+    held = study(1, 12)
+    async with setup(start, held, held, kind=Dying) as made:
+        north, south = made.archives
+        south.after = 1000
+        result = await made.reading.move(a_study(held))
+
+        assert figures(result.final) == (0x0000, 12, 0, 0)
+        assert received(made.reading.received) == contents(held)
+        assert sum(north.sent.values()) >= 5
+        assert 0 < sum(south.sent.values()) <= 7
+
+
+async def test_a_source_gone_in_the_middle_leaves_b000_and_a_list(start: MakeProxy) -> None:
+    """What nobody delivers any more is Failed and listed, and asked for again the next time."""
+    held = study(1, 12)
+    async with setup(start, held, kind=Dying, retrieve={"retry_pause": "0s"}) as made:
+        [north] = made.archives
+        result = await made.reading.move(a_study(held))
+
+        assert figures(result.final) == (0xB000, 5, 7, 0)
+        assert received(made.reading.received).items() <= contents(held).items()
+        missing = set(uids(held)) - set(made.reading.uids())
+        assert set(result.failed_sop_instance_uids) == missing
+        assert made.proxy.named("flight_incomplete")
+
+        north.after, north.reject = 1000, None
+        made.reading.received.clear()
+        again = await made.reading.move(a_study(held))
+
+        assert figures(again.final) == (0x0000, 12, 0, 0)
+        assert received(made.reading.received) == contents(held)
+
+
+async def test_an_instance_that_its_source_cannot_send_is_listed(start: MakeProxy) -> None:
+    """One missing instance does not keep the others back, and is named."""
+    held = study(1, 5)
+    async with setup(start, held) as made:
+        made.archives[0].withhold.add(str(held[2].SOPInstanceUID))
+        result = await made.reading.move(a_study(held))
+
+        assert figures(result.final) == (0xB000, 4, 1, 0)
+        assert result.failed_sop_instance_uids == (str(held[2].SOPInstanceUID),)
+        assert sorted(made.reading.uids()) == uids(held[:2] + held[3:])
+
+
+async def test_a_dead_destination_is_a702(start: MakeProxy) -> None:
+    """A workstation that cannot be reached gets A702, with every instance Failed."""
+    held = study(1, 3)
+    async with setup(start, held, count=2, retrieve={"destination_retry": "1s"}) as made:
+        made.workstations[1].stop()
+        result = await made.reading.move(a_study(held), "READING2")
+
+        assert figures(result.final) == (0xA702, 0, 3, 0)
+        assert sorted(result.failed_sop_instance_uids) == uids(held)
+        assert made.proxy.named("delivery_failed")
+
+
+async def test_a_workstations_refusals_and_warnings_are_counted(start: MakeProxy) -> None:
+    """Statuses of C-STORE become the counts of C-MOVE (PS3.4 C.4.2.3.1)."""
+    held = study(1, 5)
+    statuses = {str(held[1].SOPInstanceUID): 0xA700, str(held[3].SOPInstanceUID): 0xB006}
+    async with setup(start, held) as made:
+        made.reading.answer = lambda uid: statuses.get(uid, 0x0000)
+        result = await made.reading.move(a_study(held))
+
+        assert figures(result.final) == (0xB000, 3, 1, 1)
+        assert result.failed_sop_instance_uids == (str(held[1].SOPInstanceUID),)
+
+
+async def test_another_patients_instance_is_never_delivered(start: MakeProxy) -> None:
+    """What names another patient than was agreed is Failed, logged, and shown to nobody."""
+    held = study(1, 4)
+    async with setup(start, held) as made:
+        # The archive lists it as this patient's and sends it as somebody else's.
+        held[2].PatientID = "SOMEBODY ELSE"
+        result = await made.reading.move(a_study(held))
+
+        assert figures(result.final) == (0xB000, 3, 1, 0)
+        assert result.failed_sop_instance_uids == (str(held[2].SOPInstanceUID),)
+        assert str(held[2].SOPInstanceUID) not in made.reading.uids()
+        assert made.proxy.named("identity_conflict")
+        assert "SOMEBODY ELSE" not in made.proxy.log
+
+
+async def test_the_local_pacs_being_down_does_not_keep_remote_studies_back(
+    start: MakeProxy,
+) -> None:
+    """Remote studies are opened without the local PACS."""
+    held = study(1, 3)
+    async with setup(start, held) as made:
+        found = await made.reading.find(
+            identifier("STUDY", PatientID=held[0].PatientID, StudyInstanceUID="")
+        )
+        made.local.stop()
+        result = await made.reading.move(a_study(held))
+
+        assert len(found.rows) == 1
+        assert result.final.completed == 3
+        assert received(made.reading.received) == contents(held)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+async def test_a_full_disk_degrades_the_cache_and_nothing_else(
+    start: MakeProxy, tmp_path: Path
+) -> None:
+    """With no room for the study on disk it still passes through, or says what is missing."""
+    held = study(1, 24, rows=1024, columns=1024)
+    later = study(1, 2)
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(small)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        cache = {"directory": str(small / "cache"), "max_size": "15MB"}
+        async with setup(start, held + later, cache=cache) as made:
+            result = await made.reading.move(a_study(held))
+
+            status, completed, failed, _ = figures(result.final)
+            assert status in (0x0000, 0xB000, 0xA700, 0xA702)
+            assert (completed or 0) + (failed or 0) == 24
+            delivered = received(made.reading.received)
+            assert delivered.items() <= contents(held).items()
+            assert len(delivered) == completed
+            assert status == 0x0000 or len(result.failed_sop_instance_uids) == failed
+            assert made.proxy.http("/health/ready")[0] == 200
+            made.reading.received.clear()
+            again = await made.reading.move(a_study(later))
+            assert figures(again.final) == (0x0000, 2, 0, 0)
+            assert await made.proxy.stop() == 0
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=False)
+
+
+# ------------------------------------------------------------- other archives
+
+
+async def test_c_get_from_an_orthanc_that_cannot_connect_back(
+    start: MakeProxy, tmp_path: Path
+) -> None:
+    """An archive that knows nobody is fetched from on our own association."""
+    held = study(2, 4)
+    async with (
+        Orthanc("NORTH") as north,
+        Archive("LOCALPACS") as local,
+        StoreScp("READING1") as storescp,
+    ):
+        await north.upload(map(part10, held))
+        proxy = await start(
+            pacs=local.node,
+            sources={"north": north.node},
+            workstations=[storescp.node],
+            north={"retrieve": "c-get"},
+        )
+        result = await proxy.movescu(
+            {"QueryRetrieveLevel": "STUDY", "StudyInstanceUID": str(held[0].StudyInstanceUID)}
+        )
+
+        assert figures(result.final) == (0x0000, 8, 0, 0)
+        assert collect(storescp) == contents(held)
+        assert north.served("Get") >= 1
+        assert north.served("Move") == 0
+
+
+async def test_dcmqrscp_as_a_source(start: MakeProxy) -> None:
+    """DCMTK's archive, which keeps to the hierarchical baseline, is queried and fetched from."""
+    held, other = study(2, 4), [instance()]
+    port = free_port()
+    async with (
+        Dcmqrscp(
+            "NORTH",
+            [Node(PROXY_TITLE, "127.0.0.1", port)],
+            instances=[part10(one) for one in held + other],
+        ) as north,
+        Archive("LOCALPACS") as local,
+        StoreScp("READING1") as storescp,
+    ):
+        proxy = await start(
+            pacs=local.node,
+            sources={"north": north.node},
+            workstations=[storescp.node],
+            port=port,
+        )
+        found = await proxy.findscu(
+            {
+                "QueryRetrieveLevel": "STUDY",
+                "PatientID": str(held[0].PatientID),
+                "StudyInstanceUID": "",
+            }
+        )
+        result = await proxy.movescu(
+            {"QueryRetrieveLevel": "STUDY", "StudyInstanceUID": str(held[0].StudyInstanceUID)}
+        )
+
+        assert {row.StudyInstanceUID for row in found.datasets} == {
+            held[0].StudyInstanceUID,
+            other[0].StudyInstanceUID,
+        }
+        assert figures(result.final) == (0x0000, 8, 0, 0)
+        assert collect(storescp) == contents(held)
