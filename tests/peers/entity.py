@@ -20,6 +20,7 @@ from typing import Any, Final, Literal, Self
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE, AllStoragePresentationContexts, evt
 
+from dicomproxy.demo.peers import Entity as OneReader
 from tests.peers.node import Node
 from tests.peers.ports import free_port
 from tests.peers.process import PeerFailed
@@ -142,7 +143,9 @@ class Entity:
 
 
 def new_entity(ae_title: str) -> AE:
-    entity = AE(ae_title=ae_title)
+    # With plain AEs two threads may read one association, and under load a sender
+    # then waits for a response that the other thread took.
+    entity = OneReader(ae_title=ae_title)
     entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = WAIT_SECONDS
     entity.maximum_pdu_size = 0
     return entity
