@@ -145,6 +145,16 @@ class Source(Protocol):
         """Whether an order should wait for the manifest, to name its SOP Classes (C-GET)."""
         ...
 
+    @property
+    def round_trip_seconds(self) -> float:
+        """How far away it is, as far as was measured; 0 where nothing was."""
+        ...
+
+    @property
+    def parallel_retrieves(self) -> int:
+        """How many retrieves it may be asked for at once."""
+        ...
+
     def find(self, query: SourceQuery) -> AsyncGenerator[Identifier, None]:
         """Yield matches as they arrive, at most the source's cap.
 

@@ -156,6 +156,8 @@ class Association:
         self.messages_received = 0
         self.messages_sent = 0
         self.started = 0.0
+        self.round_trip_seconds = 0.0
+        """From our A-ASSOCIATE-RQ to its answer; 0 for an association that the peer requested."""
         self.on_ended: Callable[[Association], None] | None = None
         self.sink_for: SinkFor = _collect
         self.limits = limits

@@ -162,11 +162,13 @@ class UpperLayer:
             self._forget(association)
             association.protocol.close_now()
             raise
+        sent = loop.time()
         try:
             await association.negotiated(self.timers.association)
         except asyncio.CancelledError:
             association.abort()
             raise
+        association.round_trip_seconds = loop.time() - sent
         return association
 
     def _make(

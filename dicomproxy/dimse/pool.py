@@ -32,6 +32,7 @@ _LOWERED_SECONDS: Final = 60.0
 _DRAIN_SECONDS: Final = 30.0
 _RELEASE_SECONDS: Final = 5.0
 _FAREWELL_SECONDS: Final = 1.0
+_ROUND_TRIPS: Final = 8
 
 
 class Purpose(Enum):
@@ -110,6 +111,7 @@ class AssociationPool:
         self._idle: deque[tuple[Association, asyncio.TimerHandle]] = deque()
         self._waiters: deque[tuple[Purpose, asyncio.Future[None]]] = deque()
         self._tasks = TaskOwner(f"pool-{target.called_ae_title}")
+        self._round_trips: deque[float] = deque(maxlen=_ROUND_TRIPS)
         self._closed = False
 
     def __repr__(self) -> str:
@@ -125,6 +127,11 @@ class AssociationPool:
     @property
     def idle(self) -> int:
         return len(self._idle)
+
+    @property
+    def round_trip_seconds(self) -> float:
+        """How far away the peer is: the shortest A-ASSOCIATE lately; 0 where there was none."""
+        return min(self._round_trips, default=0.0)
 
     @property
     def _limit(self) -> int:
@@ -188,6 +195,7 @@ class AssociationPool:
         except BaseException:
             self._give_slot(purpose)
             raise
+        self._round_trips.append(association.round_trip_seconds)
         self._purposes[association] = purpose
         return Lease(self, association, reused=False, pooled=proposal is None)
 

@@ -7,7 +7,7 @@ within one series (PS3.4 C.4.2.1.4.1).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from dicomproxy.dataset.levels import Level
@@ -25,6 +25,7 @@ def orders_for_missing(
     *,
     patient_id: str = "",
     finest: Level = Level.IMAGE,
+    at_once: int = 1,
 ) -> list[RetrieveOrder]:
     """Return orders that together ask for *missing*, and for nothing else if *finest* allows.
 
@@ -35,10 +36,14 @@ def orders_for_missing(
             Class UIDs (empty where unknown).
         patient_id: for holders that want it with every order.
         finest: the lowest level that this holder can be asked at.
+        at_once: how many orders it is to work on at the same time; above 1 what
+            is missing is spread over as many lists, even where it is a whole series.
     """
     wanted = {series: list(dict.fromkeys(uids)) for series, uids in missing.items() if uids}
     if not wanted:
         return []
+    if at_once > 1 and finest is Level.IMAGE:
+        return _spread(study_instance_uid, wanted, listed, patient_id, at_once)
     whole = {series for series, uids in wanted.items() if set(uids) == set(listed.get(series, ()))}
     everything = {series for series, uids in listed.items() if uids}
     if finest is Level.STUDY or (whole == everything and len(wanted) == len(whole)):
@@ -51,13 +56,43 @@ def orders_for_missing(
             classes = _classes([known])
             orders.append(_order(Level.SERIES, study_instance_uid, patient_id, classes, (series,)))
             continue
-        for start in range(0, len(uids), MAX_UIDS):
-            batch = tuple(uids[start : start + MAX_UIDS])
-            classes = _classes([{uid: known.get(uid, "") for uid in batch}])
-            orders.append(
-                _order(Level.IMAGE, study_instance_uid, patient_id, classes, (series,), batch)
-            )
+        orders.extend(_lists(study_instance_uid, series, uids, known, patient_id, MAX_UIDS))
     return orders
+
+
+def _spread(
+    study_instance_uid: str,
+    wanted: Mapping[str, Sequence[str]],
+    listed: Mapping[str, Mapping[str, str]],
+    patient_id: str,
+    at_once: int,
+) -> list[RetrieveOrder]:
+    """Split what is wanted into lists within a series, of about the same length each."""
+    total = sum(map(len, wanted.values()))
+    size = min(MAX_UIDS, -(-total // at_once))
+    orders: list[RetrieveOrder] = []
+    for series, uids in wanted.items():
+        known = listed.get(series, {})
+        # A remainder of a few is better spread than asked for by itself.
+        lists = max(1, round(len(uids) / size)) if len(uids) <= MAX_UIDS else -(-len(uids) // size)
+        even = min(MAX_UIDS, -(-len(uids) // lists))
+        orders.extend(_lists(study_instance_uid, series, uids, known, patient_id, even))
+    # The longest first, so that they do not end long after the others.
+    return sorted(orders, key=lambda order: -len(order.sop_instance_uids))
+
+
+def _lists(
+    study_instance_uid: str,
+    series: str,
+    uids: Sequence[str],
+    known: Mapping[str, str],
+    patient_id: str,
+    size: int,
+) -> Iterator[RetrieveOrder]:
+    for start in range(0, len(uids), size):
+        batch = tuple(uids[start : start + size])
+        classes = _classes([{uid: known.get(uid, "") for uid in batch}])
+        yield _order(Level.IMAGE, study_instance_uid, patient_id, classes, (series,), batch)
 
 
 def orders_for_selection(

@@ -19,6 +19,7 @@ from prometheus_client import Counter, Gauge
 
 from dicomproxy.ports import InstanceStore, Location, Locations, RetrieveOrder
 from dicomproxy.retrieval.flight import Flight
+from dicomproxy.retrieval.pace import Pace
 from dicomproxy.retrieval.subscription import FlightRequest, Subscription
 from dicomproxy.tasks import OwnerClosed, TaskOwner
 
@@ -80,6 +81,11 @@ class Flights:
         self._by_study: dict[str, Flight] = {}
         self._recent: OrderedDict[str, None] = OrderedDict()
         self._running: dict[str, list[RetrieveOrder]] = {}
+        self._paces: dict[str, Pace] = {}
+
+    def pace(self, source: str) -> Pace:
+        """Return what was seen of *source* so far."""
+        return self._paces.setdefault(source, Pace())
 
     def __len__(self) -> int:
         """Count the studies under way."""

@@ -24,6 +24,7 @@ from dicomproxy.ports import (
 from dicomproxy.retrieval.batches import orders_for_missing, orders_for_selection
 from dicomproxy.retrieval.holder import Holder, Standing
 from dicomproxy.retrieval.manifest import Manifest, closing, load_manifest
+from dicomproxy.retrieval.pace import FAR_SECONDS, orders_at_once
 from dicomproxy.retrieval.selection import Selection, selection_of
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ class Leg:
         self._attempts: dict[str, int] = {}
         self._units: dict[str, _Unit] = {}
         self._refused: dict[str, str] = {}
-        self._finest = Level.IMAGE
+        now = asyncio.get_running_loop().time()
+        self._finest = flight.flights.pace(holder.name).finest(now)
         self._gave_up = False
         self._stalled = False
         self._fetched = False
@@ -143,7 +145,8 @@ class Leg:
             step = self._decide(subscription, last)
             if isinstance(step, Standing):
                 return step
-            for order in step[: max(0, MAX_ORDERS - len(self._orders))]:
+            limit = max(self._at_once_limit(), MAX_ORDERS if self._is_near() else 1)
+            for order in step[: max(0, limit - len(self._orders))]:
                 self._start(order)
             # Orders and manifests end by the source's own deadlines, and wake us.
             await subscription.wake.wait()
@@ -175,8 +178,8 @@ class Leg:
         wanted = subscription.selection
         if subscription.is_narrowed or subscription.listed or self._gave_up:
             return []
-        if self.holder.source.wants_sop_classes:
-            return []
+        if self.holder.source.wants_sop_classes or self._at_once_limit() > 1:
+            return []  # better ordered once the instances are known
         held = self._flight.lease.instances
         if wanted.level is Level.STUDY:
             if held or self._orders or self._units or self._attempts:
@@ -297,8 +300,20 @@ class Leg:
             self.manifest.series if self.manifest is not None else {},
             patient_id=self.holder.patient_id,
             finest=self._finest,
+            at_once=self._at_once_limit(),
         )
         return orders, waiting, missing
+
+    def _at_once_limit(self) -> int:
+        """Return how many orders this holder is to have under way."""
+        source = self.holder.source
+        pace = self._flight.flights.pace(self.name)
+        return orders_at_once(
+            source.round_trip_seconds, pace.seconds_per_instance, source.parallel_retrieves
+        )
+
+    def _is_near(self) -> bool:
+        return self.holder.source.round_trip_seconds < FAR_SECONDS
 
     def _units_for(self, subscription: Subscription) -> list[str]:
         """Return what has to be fetched whole: Series Instance UIDs, or "" for the study."""
@@ -353,7 +368,7 @@ class Leg:
 
     async def _run(self, running: _Running) -> None:
         order = running.order
-        order.last_activity = asyncio.get_running_loop().time()
+        started = order.last_activity = asyncio.get_running_loop().time()
         failure: Failure | None = None
         final: RetrieveProgress | None = None
         self._flight.flights.order_started(self.name, order)
@@ -372,6 +387,11 @@ class Leg:
         finally:
             self._flight.flights.order_ended(self.name, order)
             self._orders.remove(running)
+        self._flight.flights.pace(self.name).observe(
+            len(running.arrived),
+            asyncio.get_running_loop().time() - started,
+            self.holder.source.round_trip_seconds,
+        )
         self._ended(running, failure, final)
 
     def _ended(
@@ -406,6 +426,10 @@ class Leg:
             self._finest = Level.SERIES if order.level is Level.IMAGE else Level.STUDY
             self._flight.wake()
             return
+        if running.arrived and Level.IMAGE not in (order.level, self._finest):
+            # What it refused is known for certain, now that it took something coarser.
+            now = asyncio.get_running_loop().time()
+            self._flight.flights.pace(self.name).refuses_below(self._finest, now)
         if not self.verified and order.level is not Level.IMAGE:
             self._unsettled.append(running)  # what it should have brought will be known later
         missing = self._settle(running)

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Collection, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import date, timedelta
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from dicomproxy.dataset.identifier import Identifier
 from dicomproxy.dataset.levels import (
@@ -27,6 +27,7 @@ from dicomproxy.dataset.levels import (
     Level,
 )
 from dicomproxy.ports import CachedInstance, Failure, Source, SourceError, SourceQuery
+from dicomproxy.retrieval.pace import FAR_SECONDS
 from dicomproxy.retrieval.selection import Selection
 
 SOP_CLASS_UID: Final = 0x00080016
@@ -122,17 +123,28 @@ async def load_manifest(
         SourceError: it could not be reached or did not answer to the end.
     """
     keys = {STUDY_INSTANCE_UID: study_instance_uid}
-    try:
-        study = await _study_row(source, keys, interactive)
-    except SourceError as error:
-        if error.failure not in _REFUSALS:
-            raise
+    series: dict[str, dict[str, str]] = {}
+    listing: asyncio.Task[bool | SourceError] | None = None
+    async with asyncio.TaskGroup() as group:
+        if source.round_trip_seconds >= FAR_SECONDS:
+            # Asked for together, since each costs a round trip.
+            listing = group.create_task(
+                _settled(_series_rows(source, keys, series, interactive)), name="series"
+            )
+        study = await _settled(_study_row(source, keys, interactive))
+    if isinstance(study, SourceError):
+        if study.failure not in _REFUSALS:
+            raise study
         return Manifest(study_instance_uid, verified=False)
     if study is None:
         return Manifest(study_instance_uid, held=False)
-    series: dict[str, dict[str, str]] = {}
     try:
-        verified = await _series_rows(source, keys, series, interactive)
+        if listing is None:
+            verified = await _series_rows(source, keys, series, interactive)
+        elif isinstance(listed := listing.result(), SourceError):
+            raise listed
+        else:
+            verified = listed
         if verified and series:
             verified = await _instance_rows(source, keys, series, interactive)
     except SourceError as error:
@@ -150,6 +162,14 @@ async def load_manifest(
         series=series,
         verified=verified,
     )
+
+
+async def _settled(answer: Coroutine[Any, Any, T]) -> T | SourceError:
+    """Return what the source answered, or how it failed."""
+    try:
+        return await answer
+    except SourceError as error:
+        return error
 
 
 def query_for(

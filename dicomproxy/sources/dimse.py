@@ -74,6 +74,16 @@ class DimseSource:
         """Whether its contexts follow from the SOP Classes of an order."""
         return self.archive.settings.retrieve == "c-get"
 
+    @property
+    def round_trip_seconds(self) -> float:
+        """How far away the archive is, by its shortest A-ASSOCIATE lately."""
+        return self.archive.pool.round_trip_seconds
+
+    @property
+    def parallel_retrieves(self) -> int:
+        """The ceiling on associations, but for the one that is kept for queries."""
+        return max(1, self.archive.settings.parallel_associations - 1)
+
     # -------------------------------------------------------------------- find
 
     async def find(self, query: SourceQuery) -> AsyncGenerator[Identifier, None]:

@@ -85,6 +85,8 @@ class ScriptedSource:
     """A source that plays its script for each question, and notes how each one ended."""
 
     wants_sop_classes = False
+    round_trip_seconds = 0.0
+    parallel_retrieves = 4
 
     def __init__(self, name: str, *script: Step) -> None:
         self.name = name

@@ -30,6 +30,7 @@ from dicomproxy.ports import (
     CachedInstance,
     Caller,
     Delivered,
+    DestinationError,
     Failure,
     InstanceReader,
     InstanceStore,
@@ -102,6 +103,8 @@ class Archive:
     """A source. ``sent`` counts what left it, ``gate`` holds each instance back."""
 
     wants_sop_classes = False
+    round_trip_seconds = 0.0
+    parallel_retrieves = 4
 
     def __init__(self, name: str, *studies: Study) -> None:
         self.name = name
@@ -435,6 +438,8 @@ class Workstation:
         self.gate: asyncio.Event | None = None
         self.waiting = asyncio.Event()
         self.fates: dict[str, Delivered | Exception] = {}
+        self.refusals: list[Failure] = []
+        self.refused = 0
 
     def open(self) -> Workstation:
         self.opened += 1
@@ -442,6 +447,9 @@ class Workstation:
 
     async def deliver(self, instance: CachedInstance, reader: InstanceReader) -> Delivered:
         self.waiting.set()
+        if self.refusals:
+            self.refused += 1
+            raise DestinationError(self.refusals.pop())
         if self.gate is not None:
             await self.gate.wait()
         data = bytearray(reader.size)

@@ -21,6 +21,7 @@ from dicomproxy.ports import (
 from dicomproxy.retrieval.coordinator import RetrieveOutcome, RetrieveRequest
 from dicomproxy.retrieval.operation import RetrieveOperation
 from tests.retrieval.fakes import (
+    CT,
     STUDY,
     Archive,
     Lease,
@@ -1059,3 +1060,73 @@ async def test_closing_ends_abandoned_flights_once(build: Build) -> None:
     assert north.cancelled == 1
     late = await run(world.operation(Workstation()))
     assert late.status == 0xC000
+
+
+async def test_a_far_source_is_asked_on_several_associations(build: Build) -> None:
+    """Once its instances are known they are ordered in lists, together, and each once."""
+    far = Archive("far", study(30))
+    far.round_trip_seconds, far.parallel_retrieves = 0.03, 3
+    gate = asyncio.Event()
+    far.gate = lambda uid: gate
+    world, workstation = build(far), Workstation()
+    world.know(far)
+    async with running(world.operation(workstation)) as task:
+        await until(lambda: len(far.orders) == 3)
+        assert [order.level for order in far.orders] == [Level.IMAGE] * 3
+        assert [len(order.sop_instance_uids) for order in far.orders] == [10] * 3
+        gate.set()
+    assert task.result() == RetrieveOutcome(0x0000, completed=30)
+    assert set(far.sent.values()) == {1}
+    assert len(far.orders) == 3
+
+
+async def test_a_far_source_that_refuses_lists_is_asked_so_once(build: Build) -> None:
+    """What it refused is remembered for its other studies, and nothing is fetched twice."""
+    far = Archive("far", study(6, 3), study(4, uid="1.9"))
+    far.round_trip_seconds, far.refused_levels = 0.03, {Level.IMAGE}
+    world = build(far)
+    world.know(far)
+    assert (await run(world.operation(Workstation()))).completed == 9
+    assert set(far.sent.values()) == {1}
+    before = len(far.orders)
+    assert (await run(world.operation(Workstation(), study_request("1.9")))).completed == 4
+    assert Level.IMAGE not in {order.level for order in far.orders[before:]}
+
+
+async def test_contexts_of_a_get_follow_from_the_manifest(build: Build) -> None:
+    """A source that must name SOP Classes beforehand is not asked before they are known."""
+    getting = Archive("getting", study(3, 2))
+    getting.wants_sop_classes = True
+    getting.find_gate = asyncio.Event()
+    world = build(getting)
+    world.know(getting)
+    async with running(world.operation(Workstation())) as task:
+        await until(lambda: bool(getting.queries))
+        await settle()
+        assert getting.orders == []
+        getting.find_gate.set()
+    assert task.result() == RetrieveOutcome(0x0000, completed=5)
+    assert {order.sop_classes for order in getting.orders} == {(CT,)}
+
+
+@pytest.mark.parametrize("failure", [Failure.TIMEOUT, Failure.BUSY])
+async def test_delivery_waits_for_the_local_part_where_it_must(
+    build: Build, failure: Failure
+) -> None:
+    """A workstation that takes one association at a time gets the local PACS's first."""
+    north, local = Archive("north", study(3)), Archive(LOCAL, study(2, uid="1.8"))
+    world, workstation = build(north, local=local, relay=True), Workstation()
+    world.know(north, local)
+    world.local_pacs.gate = asyncio.Event()
+    workstation.refusals.append(failure)
+    world.local_pacs.script = [
+        RetrieveProgress(remaining=2),
+        RetrieveProgress(completed=2, final=True, status=0),
+    ]
+    async with running(world.operation(workstation, study_request(STUDY, "1.8"))) as task:
+        await until(lambda: bool(workstation.refused))
+        await settle()
+        assert workstation.received == []
+        world.local_pacs.gate.set()
+    assert task.result().status == 0x0000
+    assert len(workstation.received) == 3

@@ -95,3 +95,16 @@ def test_diff(series: dict[str, set[str]], cached: set[str]) -> None:
     narrowed = diff(manifest, cached, Selection(Level.SERIES, frozenset("a")))
     assert set(narrowed.missing) <= {"a"}
     assert narrowed.gone == difference.gone
+
+
+@pytest.mark.parametrize("refused", [None, Level.STUDY, Level.SERIES, Level.IMAGE])
+async def test_a_far_source_gives_the_same_manifest(refused: Level | None) -> None:
+    """Study and series are asked for together, and come to the same as one by one."""
+    near, far = Archive("near", study(2, 3)), Archive("far", study(2, 3))
+    far.round_trip_seconds = 0.03
+    for archive in (near, far):
+        if refused is not None:
+            archive.fail(refused, Failure.STATUS, 0xA900)
+    assert await load_manifest(far, STUDY) == await load_manifest(near, STUDY)
+    absent = await load_manifest(far, "1.2.3")
+    assert absent.held is (refused is Level.STUDY)
