@@ -116,7 +116,7 @@ class LimitsSection(Section):
         "Largest PDU accepted, told to peers as Maximum Length", "256KiB"
     )
     max_identifier: Annotated[int, size("4KiB", "64MiB")] = key(
-        "Largest data set accepted that is not an instance: identifiers and relayed requests",
+        "Largest data set accepted that is not an instance: identifiers",
         "1MiB",
     )
     max_command: Annotated[int, size("1KiB", "1MiB")] = key("Largest command set accepted", "64KiB")
@@ -217,7 +217,7 @@ class WorkstationEntry(Section):
 
 
 class CallerEntry(Section):
-    """A modality or another that uses relayed services only: no query, no retrieve."""
+    """A modality or another that may only verify the connection: no query, no retrieve."""
 
     ae_title: AETitle = key("AE title it calls with")
     host: PeerHost | None = key("Where it calls from", None)
@@ -354,7 +354,7 @@ class Settings(Section):
         "Who may query and retrieve, and where studies are delivered", []
     )
     callers: Annotated[tuple[CallerEntry, ...], _LIST] = section(
-        "Modalities and others whose requests are only relayed to the local PACS", []
+        "Modalities and others who may verify the connection (C-ECHO), and nothing else yet", []
     )
     sources: Annotated[tuple[SourceEntry, ...], _LIST] = section(
         "Remote archives, in order of precedence", []

@@ -294,11 +294,8 @@ class AssociationProtocol(asyncio.BufferedProtocol):
 
     def _block_came(self) -> None:
         self._awaiting_block = False
-        self._want_block()
-        if self._block is not None or self.lost:
-            self.resume()
-        elif self._awaiting_block:
-            self._pauses -= 1  # _want_block paused once more; one is enough
+        self._want_block()  # there is one, or the connection is gone
+        self.resume()
 
     def _check_stall(self) -> None:
         left = self._stall_seconds

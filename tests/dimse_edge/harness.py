@@ -172,6 +172,7 @@ class CheckingSink:
         self.discarded = False
         self.arrived = asyncio.Event()
         self.releases: list[Callable[[], None]] = []
+        self.held: list[tuple[int, list[memoryview]]] = []
         self.hold = hold
 
     def write(self, segments: Sequence[memoryview], release: Callable[[], None]) -> None:
@@ -180,6 +181,8 @@ class CheckingSink:
             self.faults += segment != Pattern.bytes_at(self.received, len(segment))
             self.received += len(segment)
         if self.hold:
+            start = self.received - sum(map(len, segments))
+            self.held.append((start, list(segments)))
             self.releases.append(release)
         else:
             release()
@@ -189,8 +192,13 @@ class CheckingSink:
         self.discarded = True
 
     def let_go(self) -> None:
-        """Give back what is held, and hold nothing any more."""
+        """Give back what is held, which nobody has touched, and hold nothing any more."""
         self.hold = False
+        for at, segments in self.held:
+            for segment in segments:
+                self.faults += segment != Pattern.bytes_at(at, len(segment))
+                at += len(segment)
+        self.held.clear()
         releases, self.releases = self.releases, []
         for release in releases:
             release()

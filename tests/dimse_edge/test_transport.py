@@ -423,6 +423,26 @@ def paced(size: int) -> bytes:
     )
 
 
+async def test_lent_bytes_are_not_touched_until_given_back() -> None:
+    """What a slow sink still holds is not overwritten by the messages that follow."""
+    async with layer_left_clean() as layer:
+        sinks = [CheckingSink(hold=True) for _ in range(200)]
+        service = Service(sink_for=to_sinks(*sinks))
+        async with listening(layer, service) as (_, port), raw_requestor(port) as peer:
+            await peer.establish()
+            for number in range(len(sinks)):
+                if number % 2:  # in the same read as the one before, or in another
+                    await peer.expect_message()
+                await peer.send_message(CT_CONTEXT, STORE, Pattern.bytes_at(0, 1000 + 7 * number))
+            for _ in range(len(sinks) // 2):
+                assert (await peer.expect_message())[1].status == 0
+            assert layer.receive_pool.lent >= 2
+            for number, sink in enumerate(sinks):
+                sink.let_go()
+                assert (sink.received, sink.faults) == (1000 + 7 * number, 0)
+            await peer.release()
+
+
 async def test_slow_sink_of_one_association_is_no_limit_to_small_messages_of_another() -> None:
     """With every block lent, what is small is still read; what is large waits for a block."""
     limits = Limits(receive_memory_bytes=4 * BLOCK)
