@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
@@ -43,7 +43,6 @@ from tests.dimse_edge.raw_peer import (
     STUDY_ROOT_FIND,
     VERIFICATION,
     RawPeer,
-    Script,
     p_data,
     pdv,
     raw_acceptor,
@@ -58,6 +57,10 @@ FIND = request(CommandField.C_FIND_RQ, STUDY_ROOT_FIND, 5, data_set=True, priori
 LARGE = 12_000_000  # more than the kernel keeps for both ends of a loopback connection
 
 
+Ending = Callable[[RawPeer, asyncio.Event], Awaitable[None]]
+"""A script that plays once the event is set, be it only to go away."""
+
+
 class Stage:
     """An association of ours with a scripted peer, and a gate that the script may wait for."""
 
@@ -68,7 +71,7 @@ class Stage:
 
 @asynccontextmanager
 async def staged(
-    script: Callable[[RawPeer, asyncio.Event], object],
+    script: Ending,
     *,
     times: Timers | None = None,
     limits: Limits | None = None,
@@ -79,7 +82,7 @@ async def staged(
 
     async def play(peer: RawPeer) -> None:
         await peer.accept(max_length=max_length)
-        await script(peer, gate)  # type: ignore[misc]
+        await script(peer, gate)
 
     async with layer_left_clean(times, limits) as layer, raw_acceptor(play) as port:
         stage = Stage(await layer.request(target(port), PROPOSAL), gate)
@@ -141,7 +144,7 @@ ENDINGS = [
 
 @pytest.mark.parametrize(("script", "error"), ENDINGS)
 async def test_receive_ends_as_the_association_does(
-    script: Script, error: type[AssociationError]
+    script: Ending, error: type[AssociationError]
 ) -> None:
     """Who waits for a message hears how it ended, and so does who asks later."""
     async with staged(script) as stage, asyncio.TaskGroup() as group:
@@ -156,9 +159,9 @@ async def test_receive_ends_as_the_association_does(
         assert not stage.association.established
 
 
-async def fails(awaitable: object) -> AssociationError:
+async def fails(awaitable: Awaitable[object]) -> AssociationError:
     with pytest.raises(AssociationError) as caught:
-        await awaitable  # type: ignore[misc]
+        await awaitable
     return caught.value
 
 
@@ -285,7 +288,7 @@ async def test_peer_that_never_reads_is_dropped_after_the_stall_deadline(streame
 @pytest.mark.parametrize(("script", "error"), ENDINGS[:3])
 @pytest.mark.parametrize("streamed", [True, False])
 async def test_sending_ends_as_the_association_does(
-    script: Script, error: type[AssociationError], streamed: bool
+    script: Ending, error: type[AssociationError], streamed: bool
 ) -> None:
     """A peer that goes away while it takes nothing wakes the sender."""
 
@@ -296,7 +299,7 @@ async def test_sending_ends_as_the_association_does(
             await peer.send(Abort(2, 5))
             await passed(over)  # keeps its end open, full as it is
         else:
-            await script(peer, gate)  # type: ignore[call-arg]
+            await script(peer, gate)
 
     over = asyncio.Event()
     async with staged(not_reading, max_length=0) as stage, asyncio.TaskGroup() as group:
@@ -564,14 +567,14 @@ async def test_release_that_is_not_answered_becomes_an_abort() -> None:
     ("script", "error"), [(aborts, AssociationAborted), (closes, AssociationLost)]
 )
 async def test_release_answered_by_abort_or_loss_is_over_too(
-    script: Script, error: type[AssociationError]
+    script: Ending, error: type[AssociationError]
 ) -> None:
     """Release never raises: that the association ends is all it promises."""
 
     async def other(peer: RawPeer, gate: asyncio.Event) -> None:
         await peer.expect(ReleaseRequest)
         gate.set()
-        await script(peer, gate)  # type: ignore[call-arg]
+        await script(peer, gate)
 
     async with staged(other) as stage:
         await stage.association.release(8.0)

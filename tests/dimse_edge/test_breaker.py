@@ -26,7 +26,9 @@ def play(steps: str) -> tuple[list[bool], Breaker, list[BreakerState]]:
     f failure, s success, i inconclusive, a ask, p ask as a probe, W wait out
     the pause, w wait just short of it.
     """
-    clock, changes, allowed = Clock(), [], []
+    clock = Clock()
+    changes: list[BreakerState] = []
+    allowed: list[bool] = []
     breaker = Breaker(failures=3, pause_seconds=PAUSE, clock=clock, on_change=changes.append)
     for step in steps:
         match step:

@@ -50,6 +50,7 @@ def acceptor() -> Iterator[AE]:
 def serve(ae: AE, *handlers: Any) -> int:
     """Start *ae* on a free port and return that."""
     server = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=list(handlers))
+    assert server is not None
     port: int = server.server_address[1]
     return port
 
