@@ -61,6 +61,24 @@ DEFAULT_ORDER: Final = (*LOSSLESS, *UNCOMPRESSED, *LOSSY)
 """What is accepted from a source, best first, unless its configuration says otherwise."""
 
 
+_HELD_MOST: Final = (
+    EXPLICIT_VR_LITTLE_ENDIAN,
+    IMPLICIT_VR_LITTLE_ENDIAN,
+    f"{_PREFIX}.4.70",
+    f"{_PREFIX}.4.90",
+    f"{_PREFIX}.4.50",
+    f"{_PREFIX}.4.80",
+    f"{_PREFIX}.4.91",
+    f"{_PREFIX}.5",
+    f"{_PREFIX}.4.57",
+    f"{_PREFIX}.4.51",
+    f"{_PREFIX}.4.81",
+    EXPLICIT_VR_BIG_ENDIAN,
+    f"{_PREFIX}.4.201",
+)
+"""Roughly in the order in which archives hold them."""
+
+
 def chooser(accept: Sequence[str] | None) -> Callable[[Sequence[str]], str | None]:
     """Return how one of the proposed transfer syntaxes is chosen.
 
@@ -78,6 +96,27 @@ def chooser(accept: Sequence[str] | None) -> Callable[[Sequence[str]], str | Non
         return proposed[0] if accept is None and proposed else None
 
     return choose
+
+
+def within_bytes(accept: Sequence[str], most_bytes: int) -> tuple[str, ...]:
+    """Return as many of *accept* as their sub-items fit into *most_bytes*, in that order.
+
+    All where there is room, else those that archives hold most; at least one.
+    """
+    if sum(map(_item_bytes, accept)) <= most_bytes:
+        return tuple(accept)
+    ranked = [syntax for syntax in _HELD_MOST if syntax in accept]
+    ranked.extend(syntax for syntax in accept if syntax not in ranked)
+    kept, left = {ranked[0]}, most_bytes - _item_bytes(ranked[0])
+    for syntax in ranked[1:]:
+        if (left := left - _item_bytes(syntax)) < 0:
+            break
+        kept.add(syntax)
+    return tuple(syntax for syntax in accept if syntax in kept)
+
+
+def _item_bytes(syntax: str) -> int:
+    return 4 + len(syntax)  # a Transfer Syntax Sub-Item (PS3.8 Table 9-15)
 
 
 def context_groups(accept: Sequence[str], contexts: int) -> list[tuple[str, ...]]:

@@ -17,7 +17,7 @@ from dicomproxy.dataset.levels import (
     Level,
 )
 from dicomproxy.dataset.transfer_syntaxes import UNCOMPRESSED as UNCOMPRESSED_SYNTAXES
-from dicomproxy.dataset.transfer_syntaxes import context_groups
+from dicomproxy.dataset.transfer_syntaxes import context_groups, within_bytes
 from dicomproxy.dimse.association import Association, BytesSink, Message, Sink
 from dicomproxy.dimse.command import Command, CommandField, Tag, request, response
 from dicomproxy.dimse.errors import NoContext
@@ -50,6 +50,9 @@ from dicomproxy.sources.storage_classes import COMMON_STORAGE_CLASSES
 
 _FAILED_SOP_INSTANCE_UID_LIST: Final = 0x00080058
 _UNABLE_TO_PROCESS: Final = 0xC000
+_SYNTAXES_BYTES: Final = 44 * 1024
+"""For the transfer syntaxes of one request: with all else in it, it stays under
+64 KiB, above which acceptors, ours among them, take it for an attack."""
 _UNRECOGNIZED_OPERATION: Final = 0x0211
 
 _log = get_logger()
@@ -231,14 +234,19 @@ class DimseSource:
     # ------------------------------------------------------------------- C-GET
 
     def _get_proposal(self, order: RetrieveOrder) -> Proposal:
-        """Propose storage contexts, of each class as many as fit (PS3.7 D.3.3.4)."""
+        """Propose storage contexts, of each class as many as fit (PS3.7 D.3.3.4).
+
+        Few classes are proposed in every syntax accepted; very many only in those
+        that archives hold most.
+        """
         get = tuple((sop_class, UNCOMPRESSED) for sop_class in (STUDY_ROOT_GET, PATIENT_ROOT_GET))
         room = MAX_CONTEXTS - len(get)
         classes = (tuple(dict.fromkeys(order.sop_classes)) or COMMON_STORAGE_CLASSES)[:room]
         accept = self.archive.settings.accept_order
         # What is held most often must not share a context.
         likeliest = [syntax for syntax in UNCOMPRESSED_SYNTAXES[:2] if syntax in accept]
-        ordered = (*likeliest, *(syntax for syntax in accept if syntax not in likeliest))
+        rest = (syntax for syntax in accept if syntax not in likeliest)
+        ordered = within_bytes((*likeliest, *rest), _SYNTAXES_BYTES // len(classes))
         groups = context_groups(ordered, room // len(classes))
         return Proposal(
             get + tuple((sop_class, group) for sop_class in classes for group in groups),
