@@ -36,6 +36,7 @@ from dicomproxy.sources.archive import (
     Archive,
 )
 from dicomproxy.sources.dimse import DimseSource, progress_of, retrieve_identifier
+from dicomproxy.tasks import TaskOwner
 
 _MOST_POOLS: Final = 64
 
@@ -52,15 +53,17 @@ class LocalPacs:
         self.archive = archive
         self._source = source
         self._pools: OrderedDict[str, AssociationPool] = OrderedDict()
-        self._closing: set[AssociationPool] = set()
+        self._tasks = TaskOwner("local-pools")
 
     @property
     def name(self) -> str:
         return self.archive.settings.name
 
     async def close(self) -> None:
-        for pool in [*self._pools.values(), *self._closing]:
+        for pool in [*self._pools.values()]:
             await pool.close()
+        await self._tasks.wait_idle()
+        await self._tasks.close()
         await self.archive.close()
 
     def _pool(self, calling_ae_title: str) -> AssociationPool:
@@ -68,19 +71,19 @@ class LocalPacs:
             return self.archive.pool
         pool = self._pools.get(calling_ae_title)
         if pool is None:
+            self._make_room()
             pool = self._pools[calling_ae_title] = self.archive.make_pool(calling_ae_title)
-            self._forget_unused()
         self._pools.move_to_end(calling_ae_title)
         return pool
 
-    def _forget_unused(self) -> None:
-        """Keep the number of pools bounded: titles are a caller's to choose."""
-        if len(self._pools) <= _MOST_POOLS:
-            return
+    def _make_room(self) -> None:
+        """Keep the number of pools bounded: those of nobody who asks now go, the oldest first."""
         for title, pool in list(self._pools.items()):
-            if not (pool.in_use or pool.idle):
-                del self._pools[title]
+            if len(self._pools) < _MOST_POOLS:
                 return
+            if not pool.in_use:
+                del self._pools[title]
+                self._tasks.spawn(pool.close(), name="close")
 
     # -------------------------------------------------------------------- find
 
@@ -108,18 +111,22 @@ class LocalPacs:
             return context, command, encoded
 
         settings = self.archive.settings
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + settings.response_timeout
         responses = self.archive.ask(
             "find",
             choose,
             purpose=Purpose.QUERY,
             probe=True,  # the local PACS is always asked: nobody else can answer for it
             lease_seconds=settings.response_timeout,
-            left_seconds=lambda: settings.response_timeout,
+            left_seconds=lambda: deadline - loop.time(),
             pool=self._pool(calling_ae_title),
         )
         try:
             async with aclosing(responses):
                 async for answer in responses:
+                    # A long answer may take longer; silence may not.
+                    deadline = loop.time() + settings.response_timeout
                     if answer.too_long:
                         raise SourceError(
                             self.name, Failure.PROTOCOL, detail="identifier over its limit"
