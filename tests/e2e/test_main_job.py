@@ -41,8 +41,9 @@ async def test_findscu_sees_each_study_once_wherever_it_is(
     assert {str(row.RetrieveAETitle) for row in result.datasets} == {called}
 
 
-@pytest.mark.parametrize("called", [PROXY_TITLE, "LOCALPACS"])
-@pytest.mark.parametrize("which", ["at_north", "compressed_at_north"])
+@pytest.mark.parametrize(
+    ("called", "which"), [(PROXY_TITLE, "compressed_at_north"), ("LOCALPACS", "at_north")]
+)
 async def test_movescu_of_a_remote_study_gives_what_its_archive_would(
     region: Region, storescp: StoreScp, start: MakeProxy, called: str, which: str
 ) -> None:

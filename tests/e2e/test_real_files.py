@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import AsyncExitStack
 
 import pytest
@@ -18,11 +19,16 @@ from tests.support.datasets import RealFile, real_files
 
 async def moved(storescp: StoreScp, port: int, studies: list[str]) -> Contents:
     """Have an archive move each study to the workstation; return what arrived."""
-    arrived: Contents = {}
-    for uid in studies:
-        await movescu(port, a_study(uid), "READING1", calling="READING1", called="NORTH")
-        arrived.update(collect(storescp))
-    return arrived
+    slots = asyncio.Semaphore(4)  # DCMTK waits for most of the time
+
+    async def move(uid: str) -> None:
+        async with slots:
+            await movescu(port, a_study(uid), "READING1", calling="READING1", called="NORTH")
+
+    async with asyncio.TaskGroup() as tasks:
+        for uid in studies:
+            tasks.create_task(move(uid))
+    return collect(storescp)
 
 
 # dcmqrscp sends in one syntax only, so what it holds in others does not leave it.

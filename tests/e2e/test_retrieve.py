@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-from collections.abc import AsyncIterator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,9 @@ import pytest
 from pydicom import Dataset
 
 from tests.e2e.conftest import MakeProxy
+from tests.e2e.scene import contents, figures, setup, the_study
 from tests.e2e.support import (
     PROXY_TITLE,
-    Contents,
     Proxy,
     collect,
     identifier,
@@ -25,69 +23,15 @@ from tests.e2e.support import (
     uids,
 )
 from tests.peers.archive import Archive
-from tests.peers.dcmtk import Dcmqrscp, Response, StoreScp
+from tests.peers.dcmtk import Dcmqrscp, StoreScp
 from tests.peers.node import Node
 from tests.peers.orthanc import Orthanc
 from tests.peers.ports import free_port
-from tests.peers.workstation import Workstation
-from tests.support.datasets import data_set_bytes, instance, part10, study
+from tests.support.datasets import instance, part10, study
 
 NOWHERE = "2.25.123456789"
 PATIENT = {"query_timeout": "60s"}
 """For a source that is held back until everybody has asked."""
-
-
-class Setup:
-    """Archives of pynetdicom, workstations, and the proxy between them."""
-
-    def __init__(self, local: Archive, archives: list[Archive], workstations: list[Workstation]):
-        self.local, self.archives, self.workstations = local, archives, workstations
-        self.proxy: Proxy
-
-    @property
-    def reading(self) -> Workstation:
-        return self.workstations[0]
-
-
-@asynccontextmanager
-async def setup(
-    start: MakeProxy,
-    *held: list[Dataset],
-    here: Sequence[Dataset] = (),
-    count: int = 1,
-    kind: type[Archive] = Archive,
-    **more: Any,
-) -> AsyncIterator[Setup]:
-    """Run archives north, south, ... that hold what is *held*, and *count* workstations."""
-    names = ("north", "south", "east")[: len(held)]
-    port = free_port()
-    us = Node(PROXY_TITLE, "127.0.0.1", port)
-    workstations = [Workstation(f"READING{number}", us) for number in range(1, count + 1)]
-    archives = [kind(name.upper(), one, [us]) for name, one in zip(names, held, strict=True)]
-    local = Archive("LOCALPACS", here, [us])
-    entities = [*workstations, *archives, local]
-    made = Setup(local, archives, workstations)
-    # Each request of pynetdicom's takes a thread; by default there are few on a small machine.
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(count + 24))
-    try:
-        for entity in entities:
-            await asyncio.to_thread(entity.start)
-        for workstation in workstations:
-            local.destinations[workstation.ae_title] = workstation.node
-        made.proxy = await start(
-            pacs=local.node,
-            sources={name: archive.node for name, archive in zip(names, archives, strict=True)},
-            workstations=[
-                {"ae_title": one.ae_title, "host": one.host, "port": one.port}
-                for one in workstations
-            ],
-            port=port,
-            **more,
-        )
-        yield made
-    finally:
-        # Together, since each takes its time to end.
-        await asyncio.gather(*(asyncio.to_thread(entity.stop) for entity in entities))
 
 
 class Dying(Archive):
@@ -96,28 +40,13 @@ class Dying(Archive):
     after = 5
 
     def _send(self, event: Any, found: list[Dataset], service: Any) -> Iterator[Any]:
-        for number, answer in enumerate(super()._send(event, found, service)):
-            # The first answer is the number of sub-operations.
-            if number > self.after or self.reject:
+        for answer in super()._send(event, found, service):
+            # What is about to leave is counted already; the first answer is only a number.
+            if self.reject or (isinstance(answer, tuple) and sum(self.sent.values()) > self.after):
                 self.reject = "permanent"
                 event.assoc.abort()
                 raise ConnectionError
             yield answer
-
-
-def contents(instances: list[Dataset]) -> Contents:
-    return {
-        str(one.SOPInstanceUID): (str(one.file_meta.TransferSyntaxUID), data_set_bytes(one))
-        for one in instances
-    }
-
-
-def a_study(instances: list[Dataset]) -> Dataset:
-    return identifier("STUDY", StudyInstanceUID=instances[0].StudyInstanceUID)
-
-
-def figures(response: Response) -> tuple[int, int | None, int | None, int | None]:
-    return response.status, response.completed, response.failed, response.warning
 
 
 # ------------------------------------------------------------------ all at once
@@ -134,7 +63,7 @@ async def test_twenty_workstations_open_one_study_and_it_is_fetched_once(
         north.hold()
         async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
             asked = [
-                tasks.create_task(workstation.move(a_study(held)))
+                tasks.create_task(workstation.move(the_study(held)))
                 for workstation in made.workstations
             ]
             await made.proxy.until(lambda: running(made.proxy) == 20, "asked by all")
@@ -180,7 +109,7 @@ async def test_twenty_series_and_their_study_are_fetched_once(start: MakeProxy) 
                 )
                 for uid in series
             ]
-            whole = tasks.create_task(made.workstations[1].move(a_study(held)))
+            whole = tasks.create_task(made.workstations[1].move(the_study(held)))
             await made.proxy.until(lambda: running(made.proxy) == 21, "asked for all")
             north.release()
 
@@ -215,7 +144,7 @@ async def test_series_and_images_alone_are_fetched_and_delivered(start: MakeProx
         assert sorted(made.reading.uids()) == uids([*held[:3], held[3], held[5]])
         assert sum(north.sent.values()) == 5
         made.reading.received.clear()
-        rest = await made.reading.move(a_study(held), message_id=77)
+        rest = await made.reading.move(the_study(held), message_id=77)
 
         assert figures(one_series.final) == (0x0000, 3, 0, 0)
         assert figures(two_images.final) == (0x0000, 2, 0, 0)
@@ -236,7 +165,7 @@ async def test_a_study_held_in_two_places_is_united(start: MakeProxy) -> None:
         series = await made.reading.find(
             identifier("SERIES", StudyInstanceUID=held[0].StudyInstanceUID, SeriesInstanceUID="")
         )
-        result = await made.reading.move(a_study(held))
+        result = await made.reading.move(the_study(held))
 
         assert len(series.rows) == 3
         assert figures(result.final) == (0x0000, 6, 0, 0)
@@ -260,7 +189,7 @@ async def test_an_unknown_destination_is_a801(start: MakeProxy) -> None:
     """A title that nobody is configured with is refused, and nothing is fetched for it."""
     held = study(1, 2)
     async with setup(start, held) as made:
-        result = await made.reading.move(a_study(held), "NOBODY")
+        result = await made.reading.move(the_study(held), "NOBODY")
 
         assert result.final.status == 0xA801
         assert made.archives[0].asked("move") == []
@@ -277,7 +206,7 @@ async def test_deliver_proxy_fetches_local_studies_like_any_other(start: MakePro
                 "STUDY", StudyInstanceUID=[here[0].StudyInstanceUID, there[0].StudyInstanceUID]
             )
         )
-        unknown = await made.reading.move(a_study(here), "NOBODY")
+        unknown = await made.reading.move(the_study(here), "NOBODY")
 
         assert figures(result.final) == (0x0000, 5, 0, 0)
         assert received(made.reading.received) == contents(here + there)
@@ -293,7 +222,7 @@ async def test_cancel_reaches_the_source_and_ends_with_fe00(start: MakeProxy) ->
     async with setup(start, held) as made:
         [north] = made.archives
         north.delay_seconds = 0.1
-        result = await made.reading.move(a_study(held), cancel_after=3)
+        result = await made.reading.move(the_study(held), cancel_after=3)
 
         final = result.final
         assert final.status == 0xFE00
@@ -311,12 +240,12 @@ async def test_the_rest_of_a_study_comes_from_the_next_holder(start: MakeProxy) 
     async with setup(start, held, held, kind=Dying) as made:
         north, south = made.archives
         south.after = 1000
-        result = await made.reading.move(a_study(held))
+        result = await made.reading.move(the_study(held))
 
         assert figures(result.final) == (0x0000, 12, 0, 0)
         assert received(made.reading.received) == contents(held)
-        assert sum(north.sent.values()) >= 5
-        assert 0 < sum(south.sent.values()) <= 7
+        assert north.sent
+        assert 0 < sum(south.sent.values()) < 12
 
 
 async def test_a_source_gone_in_the_middle_leaves_b000_and_a_list(start: MakeProxy) -> None:
@@ -324,9 +253,13 @@ async def test_a_source_gone_in_the_middle_leaves_b000_and_a_list(start: MakePro
     held = study(1, 12)
     async with setup(start, held, kind=Dying, retrieve={"retry_pause": "0s"}) as made:
         [north] = made.archives
-        result = await made.reading.move(a_study(held))
+        result = await made.reading.move(the_study(held))
 
-        assert figures(result.final) == (0xB000, 5, 7, 0)
+        status, completed, failed, _ = figures(result.final)
+        assert status == 0xB000
+        assert 0 < (completed or 0) < 12
+        assert (completed or 0) + (failed or 0) == 12
+        assert len(made.reading.received) == completed
         assert received(made.reading.received).items() <= contents(held).items()
         missing = set(uids(held)) - set(made.reading.uids())
         assert set(result.failed_sop_instance_uids) == missing
@@ -334,7 +267,7 @@ async def test_a_source_gone_in_the_middle_leaves_b000_and_a_list(start: MakePro
 
         north.after, north.reject = 1000, None
         made.reading.received.clear()
-        again = await made.reading.move(a_study(held))
+        again = await made.reading.move(the_study(held))
 
         assert figures(again.final) == (0x0000, 12, 0, 0)
         assert received(made.reading.received) == contents(held)
@@ -345,7 +278,7 @@ async def test_an_instance_that_its_source_cannot_send_is_listed(start: MakeProx
     held = study(1, 5)
     async with setup(start, held) as made:
         made.archives[0].withhold.add(str(held[2].SOPInstanceUID))
-        result = await made.reading.move(a_study(held))
+        result = await made.reading.move(the_study(held))
 
         assert figures(result.final) == (0xB000, 4, 1, 0)
         assert result.failed_sop_instance_uids == (str(held[2].SOPInstanceUID),)
@@ -357,7 +290,7 @@ async def test_a_dead_destination_is_a702(start: MakeProxy) -> None:
     held = study(1, 3)
     async with setup(start, held, count=2, retrieve={"destination_retry": "1s"}) as made:
         made.workstations[1].stop()
-        result = await made.reading.move(a_study(held), "READING2")
+        result = await made.reading.move(the_study(held), "READING2")
 
         assert figures(result.final) == (0xA702, 0, 3, 0)
         assert sorted(result.failed_sop_instance_uids) == uids(held)
@@ -370,7 +303,7 @@ async def test_a_workstations_refusals_and_warnings_are_counted(start: MakeProxy
     statuses = {str(held[1].SOPInstanceUID): 0xA700, str(held[3].SOPInstanceUID): 0xB006}
     async with setup(start, held) as made:
         made.reading.answer = lambda uid: statuses.get(uid, 0x0000)
-        result = await made.reading.move(a_study(held))
+        result = await made.reading.move(the_study(held))
 
         assert figures(result.final) == (0xB000, 3, 1, 1)
         assert result.failed_sop_instance_uids == (str(held[1].SOPInstanceUID),)
@@ -382,7 +315,7 @@ async def test_another_patients_instance_is_never_delivered(start: MakeProxy) ->
     async with setup(start, held) as made:
         # The archive lists it as this patient's and sends it as somebody else's.
         held[2].PatientID = "SOMEBODY ELSE"
-        result = await made.reading.move(a_study(held))
+        result = await made.reading.move(the_study(held))
 
         assert figures(result.final) == (0xB000, 3, 1, 0)
         assert result.failed_sop_instance_uids == (str(held[2].SOPInstanceUID),)
@@ -401,7 +334,7 @@ async def test_the_local_pacs_being_down_does_not_keep_remote_studies_back(
             identifier("STUDY", PatientID=held[0].PatientID, StudyInstanceUID="")
         )
         made.local.stop()
-        result = await made.reading.move(a_study(held))
+        result = await made.reading.move(the_study(held))
 
         assert len(found.rows) == 1
         assert result.final.completed == 3
@@ -423,7 +356,7 @@ async def test_a_full_disk_degrades_the_cache_and_nothing_else(
     try:
         cache = {"directory": str(small / "cache"), "max_size": "15MB"}
         async with setup(start, held + later, cache=cache) as made:
-            result = await made.reading.move(a_study(held))
+            result = await made.reading.move(the_study(held))
 
             status, completed, failed, _ = figures(result.final)
             assert status in (0x0000, 0xB000, 0xA700, 0xA702)
@@ -434,7 +367,7 @@ async def test_a_full_disk_degrades_the_cache_and_nothing_else(
             assert status == 0x0000 or len(result.failed_sop_instance_uids) == failed
             assert made.proxy.http("/health/ready")[0] == 200
             made.reading.received.clear()
-            again = await made.reading.move(a_study(later))
+            again = await made.reading.move(the_study(later))
             assert figures(again.final) == (0x0000, 2, 0, 0)
             assert await made.proxy.stop() == 0
     finally:

@@ -1,0 +1,91 @@
+"""Archives and workstations made of pynetdicom, with the proxy as a process between them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Any
+
+from pydicom import Dataset
+
+from tests.e2e.conftest import MakeProxy
+from tests.e2e.support import PROXY_TITLE, Contents, Proxy, identifier
+from tests.peers.archive import Archive
+from tests.peers.dcmtk import Response
+from tests.peers.node import Node
+from tests.peers.ports import free_port
+from tests.peers.workstation import Workstation
+from tests.support.datasets import data_set_bytes
+
+
+class Setup:
+    """Archives of pynetdicom, workstations, and the proxy between them."""
+
+    def __init__(self, local: Archive, archives: list[Archive], workstations: list[Workstation]):
+        self.local, self.archives, self.workstations = local, archives, workstations
+        self.proxy: Proxy
+
+    @property
+    def reading(self) -> Workstation:
+        return self.workstations[0]
+
+
+@asynccontextmanager
+async def setup(
+    start: MakeProxy,
+    *held: list[Dataset],
+    here: Sequence[Dataset] = (),
+    count: int = 1,
+    kind: type[Archive] = Archive,
+    **more: Any,
+) -> AsyncIterator[Setup]:
+    """Run archives north, south, ... that hold what is *held*, and *count* workstations."""
+    names = ("north", "south", "east")[: len(held)]
+    port = free_port()
+    us = Node(PROXY_TITLE, "127.0.0.1", port)
+    workstations = [Workstation(f"READING{number}", us) for number in range(1, count + 1)]
+    archives = [kind(name.upper(), one, [us]) for name, one in zip(names, held, strict=True)]
+    local = Archive("LOCALPACS", here, [us])
+    entities = [*workstations, *archives, local]
+    made = Setup(local, archives, workstations)
+    # Each request of pynetdicom's takes a thread; by default there are few on a small machine.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(count + 24))
+    try:
+        for entity in entities:
+            await asyncio.to_thread(entity.start)
+        for workstation in workstations:
+            local.destinations[workstation.ae_title] = workstation.node
+        made.proxy = await start(
+            pacs=local.node,
+            sources={name: archive.node for name, archive in zip(names, archives, strict=True)},
+            workstations=[
+                {"ae_title": one.ae_title, "host": one.host, "port": one.port}
+                for one in workstations
+            ],
+            port=port,
+            **more,
+        )
+        yield made
+    finally:
+        # Together, since each takes its time to end.
+        await asyncio.gather(*(asyncio.to_thread(entity.stop) for entity in entities))
+
+
+def contents(instances: list[Dataset]) -> Contents:
+    """Return what must arrive of *instances*."""
+    return {
+        str(one.SOPInstanceUID): (str(one.file_meta.TransferSyntaxUID), data_set_bytes(one))
+        for one in instances
+    }
+
+
+def the_study(instances: list[Dataset]) -> Dataset:
+    """Name the study of *instances* in a request."""
+    return identifier("STUDY", StudyInstanceUID=instances[0].StudyInstanceUID)
+
+
+def figures(response: Response) -> tuple[int, int | None, int | None, int | None]:
+    """Return status, completed, failed and warning."""
+    return response.status, response.completed, response.failed, response.warning
