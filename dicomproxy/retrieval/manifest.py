@@ -132,6 +132,15 @@ async def load_manifest(
                 _settled(_series_rows(source, keys, series, interactive)), name="series"
             )
         study = await _settled(_study_row(source, keys, interactive))
+    series_first = None
+    if listing is not None:
+        series_first = listing.result()
+        # A source whose breaker is open takes one question at a time: the other was
+        # turned away unasked, and is asked now that the source is known to answer.
+        if _turned_away(study) and not isinstance(series_first, SourceError):
+            study = await _settled(_study_row(source, keys, interactive))
+        elif _turned_away(series_first) and not isinstance(study, SourceError):
+            listing = None
     if isinstance(study, SourceError):
         if study.failure not in _REFUSALS:
             raise study
@@ -141,10 +150,10 @@ async def load_manifest(
     try:
         if listing is None:
             verified = await _series_rows(source, keys, series, interactive)
-        elif isinstance(listed := listing.result(), SourceError):
-            raise listed
+        elif isinstance(series_first, SourceError):
+            raise series_first
         else:
-            verified = listed
+            verified = bool(series_first)
         if verified and series:
             verified = await _instance_rows(source, keys, series, interactive)
     except SourceError as error:
@@ -162,6 +171,10 @@ async def load_manifest(
         series=series,
         verified=verified,
     )
+
+
+def _turned_away(answer: object) -> bool:
+    return isinstance(answer, SourceError) and answer.failure is Failure.BREAKER
 
 
 async def _settled(answer: Coroutine[Any, Any, T]) -> T | SourceError:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from datetime import date
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dicomproxy.dataset.identifier import Identifier
 from dicomproxy.dataset.levels import Level
-from dicomproxy.ports import Failure, SourceError
+from dicomproxy.ports import Failure, SourceError, SourceQuery
 from dicomproxy.retrieval.manifest import Manifest, diff, load_manifest
 from dicomproxy.retrieval.selection import Selection
 from tests.retrieval.fakes import CT, STUDY, Archive, study
@@ -108,3 +110,30 @@ async def test_a_far_source_gives_the_same_manifest(refused: Level | None) -> No
     assert await load_manifest(far, STUDY) == await load_manifest(near, STUDY)
     absent = await load_manifest(far, "1.2.99")
     assert absent.held is (refused is Level.STUDY)
+
+
+@pytest.mark.parametrize("turned_away", [Level.STUDY, Level.SERIES])
+async def test_a_question_that_an_open_breaker_turned_away_is_asked_again(
+    turned_away: Level,
+) -> None:
+    """Of two questions asked together one may be the probe; its answer lets the other through."""
+    far = TurnsOneAway("far", study(2, 3))
+    far.turned_away = turned_away
+    far.round_trip_seconds = 0.03
+
+    manifest = await load_manifest(far, STUDY)
+
+    assert manifest == await load_manifest(Archive("near", study(2, 3)), STUDY)
+    assert [query.level for query in far.queries].count(turned_away) == 2
+
+
+class TurnsOneAway(Archive):
+    turned_away: Level | None
+
+    async def find(self, query: SourceQuery) -> AsyncIterator[Identifier]:
+        if query.level is self.turned_away:
+            self.turned_away = None
+            self.queries.append(query)
+            raise SourceError(self.name, Failure.BREAKER)
+        async for row in super().find(query):
+            yield row
