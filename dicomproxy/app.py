@@ -246,6 +246,7 @@ class Application:
 
 def serve(settings: Settings, config_file: Path) -> int:
     """Run the proxy until it is told to stop; return the exit code."""
+    logs.claim_output()
     logs.configure(settings.log.level, settings.log.format)
     return run_on_loop(lambda: _serve(settings, config_file))
 

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import faulthandler
 import json
 import logging
 import math
+import os
 import re
 import sys
 import threading
@@ -35,6 +37,7 @@ __all__ = [
     "ALLOWED_KEYS",
     "ForbiddenLogEntry",
     "bound_context",
+    "claim_output",
     "configure",
     "error_fields",
     "get_logger",
@@ -124,6 +127,24 @@ def configure(
         threading.excepthook = _threading_excepthook
         # Not logging.captureWarnings: it hands on the formatted text only.
         warnings.showwarning = _showwarning
+
+
+def claim_output() -> None:
+    """Keep the process's stderr for our lines alone; for a service, at its start.
+
+    Decoders written in C print to the descriptors themselves, where no handler
+    can reduce what they say. After this what they print is lost; a crash of the
+    interpreter still shows, as frames of code.
+    """
+    sys.stderr.flush()
+    sys.stdout.flush()
+    stream = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="backslashreplace")
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    os.close(null)
+    sys.stderr = stream
+    faulthandler.enable(stream)
 
 
 def error_fields(error: BaseException) -> dict[str, Any]:
