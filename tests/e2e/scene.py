@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
 
 from pydicom import Dataset
+from pynetdicom import ALL_TRANSFER_SYNTAXES
 
 from tests.e2e.conftest import MakeProxy
 from tests.e2e.support import PROXY_TITLE, Contents, Proxy, identifier
 from tests.peers.archive import Archive
 from tests.peers.dcmtk import Response
+from tests.peers.entity import STORAGE
 from tests.peers.node import Node
 from tests.peers.ports import free_port
 from tests.peers.workstation import Workstation
@@ -39,13 +41,26 @@ async def setup(
     here: Sequence[Dataset] = (),
     count: int = 1,
     kind: type[Archive] = Archive,
+    accept: Iterable[str] = STORAGE,
+    transfer_syntaxes: Iterable[str] = ALL_TRANSFER_SYNTAXES,
     **more: Any,
 ) -> AsyncIterator[Setup]:
-    """Run archives north, south, ... that hold what is *held*, and *count* workstations."""
+    """Run archives north, south, ... that hold what is *held*, and *count* workstations.
+
+    Args:
+        here: what the local PACS holds.
+        kind: of the remote archives.
+        accept: SOP Classes that the workstations take.
+        transfer_syntaxes: in which they take them.
+        more: as for ``configuration``.
+    """
     names = ("north", "south", "east")[: len(held)]
     port = free_port()
     us = Node(PROXY_TITLE, "127.0.0.1", port)
-    workstations = [Workstation(f"READING{number}", us) for number in range(1, count + 1)]
+    workstations = [
+        Workstation(f"READING{number}", us, accept=accept, transfer_syntaxes=transfer_syntaxes)
+        for number in range(1, count + 1)
+    ]
     archives = [kind(name.upper(), one, [us]) for name, one in zip(names, held, strict=True)]
     local = Archive("LOCALPACS", here, [us])
     entities = [*workstations, *archives, local]

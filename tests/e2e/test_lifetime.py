@@ -191,6 +191,32 @@ async def test_associations_beyond_the_limit_are_rejected_for_the_moment(
     assert await asyncio.to_thread(work) == (2, 3, 2)
 
 
+async def test_garbage_costs_a_line_in_the_log(start: MakeProxy, region: Region) -> None:
+    """What is no DICOM is answered with an abort or nothing, and others do not notice."""
+    proxy = await start_in_front(start, region)
+    garbage = [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\x01\x00\xff\xff\xff\xff",
+        b"\x01\x00\x00\x00\x00\x10" + bytes(16),
+        b"\x04\x00\x00\x00\x00\x06\x00\x00\x00\x02\x01\x03",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(200)),
+    ]
+    for one in garbage:
+        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+        writer.write(one)
+        writer.write_eof()
+        async with asyncio.timeout(10):
+            try:
+                answer = await reader.read()
+            except ConnectionResetError:
+                answer = b""
+        assert answer[:1] in (b"", b"\x07")
+        writer.close()
+
+    assert (await echoscu(proxy.port, calling="READING1", called=PROXY_TITLE)).exit_code == 0
+    await proxy.until(lambda: len(proxy.named("protocol_error")) >= 3, "logged")
+
+
 # --------------------------------------------------------------------- the record
 
 

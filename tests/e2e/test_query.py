@@ -242,6 +242,24 @@ async def test_a_query_that_names_only_a_study_finds_it_anywhere(start: MakeProx
         assert len(north.asked("find")) == 3
 
 
+async def test_a_caller_that_is_itself_a_source_is_answered_from_local_alone(
+    start: MakeProxy,
+) -> None:
+    """Two proxies that are each other's source cannot ask in a circle."""
+    here, there = study(1, 1), study(1, 1)
+    async with Archive("LOCALPACS", here) as local, Archive("NORTH", there) as north:
+        proxy = await start(
+            pacs=local.node, sources={"north": north.node}, workstations=[reading()]
+        )
+        result = await Workstation("NORTH", proxy.node).find(
+            identifier("STUDY", PatientID=PATIENT_ID, StudyInstanceUID="")
+        )
+
+        assert result.final.status == 0x0000
+        assert [row.StudyInstanceUID for row in result.rows] == [here[0].StudyInstanceUID]
+        assert north.asked("find") == []
+
+
 _FIND = "1.2.840.10008.5.1.4.1.2.2.1"
 
 

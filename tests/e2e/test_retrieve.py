@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,15 @@ from typing import Any
 
 import pytest
 from pydicom import Dataset
+from pydicom.uid import (
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    RLELossless,
+    generate_uid,
+)
+from pynetdicom.service_class import StorageServiceClass
+from pynetdicom.sop_class import register_uid
 
 from tests.e2e.conftest import MakeProxy
 from tests.e2e.scene import contents, figures, setup, the_study
@@ -24,9 +34,11 @@ from tests.e2e.support import (
 )
 from tests.peers.archive import Archive
 from tests.peers.dcmtk import Dcmqrscp, StoreScp
+from tests.peers.entity import STORAGE
 from tests.peers.node import Node
 from tests.peers.orthanc import Orthanc
 from tests.peers.ports import free_port
+from tests.peers.workstation import Workstation
 from tests.support.datasets import instance, part10, study
 
 NOWHERE = "2.25.123456789"
@@ -213,6 +225,91 @@ async def test_deliver_proxy_fetches_local_studies_like_any_other(start: MakePro
         assert unknown.final.status == 0xA801
 
 
+async def test_a_patients_studies_come_in_one_request_from_wherever_they_are(
+    start: MakeProxy,
+) -> None:
+    """A retrieve at PATIENT level brings local and remote studies alike."""
+    here, there, elsewhere = study(1, 2), study(1, 2), study(2, 1)
+    async with setup(start, there, elsewhere, here=here) as made:
+        result = await made.reading.move(
+            identifier("PATIENT", PatientID=here[0].PatientID), root="P"
+        )
+
+        assert figures(result.final) == (0x0000, 6, 0, 0)
+        assert received(made.reading.received) == contents(here + there + elsewhere)
+
+
+async def test_deliveries_bear_the_title_that_was_called(start: MakeProxy) -> None:
+    """A workstation that calls the proxy by the local PACS's title is called by it."""
+    held = study(1, 2)
+    async with setup(start, held, count=2, proxy={"aliases": ["LOCALPACS"]}) as made:
+        proxy = made.proxy
+        made.reading.server = proxy.node._replace(ae_title="LOCALPACS")
+        proxy.settings["workstations"][1]["deliver_as"] = "OTHERNAME"
+        proxy.write()
+        proxy.signal(signal.SIGHUP)
+        await proxy.until(lambda: bool(proxy.named("reloaded")), "reloaded")
+        for workstation in made.workstations:
+            assert (await workstation.move(the_study(held))).final.status == 0x0000
+
+        titles = [
+            {one.calling_ae_title for one in workstation.received}
+            for workstation in made.workstations
+        ]
+        assert titles == [{"LOCALPACS"}, {"OTHERNAME"}]
+
+
+async def test_more_kinds_of_objects_than_one_association_has_contexts_for(
+    start: MakeProxy,
+) -> None:
+    """A study of 150 pairs of class and syntax, a private class among them, arrives whole."""
+    private = "1.2.826.0.1.3680043.9.3811.1"
+    register_uid(private, "PrivateImageStorage", StorageServiceClass)
+    uid = generate_uid()
+    held = [
+        instance(
+            number, study_instance_uid=uid, sop_class_uid=sop_class, transfer_syntax_uid=syntax
+        )
+        for number, (sop_class, syntax) in enumerate(
+            (sop_class, syntax)
+            for sop_class in (*STORAGE[:49], private)
+            for syntax in (ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEG2000Lossless)
+        )
+    ]
+    async with setup(start, held[:75], held[75:], accept=(*STORAGE[:49], private)) as made:
+        result = await made.reading.move(the_study(held))
+
+        assert figures(result.final) == (0x0000, 150, 0, 0)
+        assert received(made.reading.received) == contents(held)
+
+
+async def test_what_a_workstation_does_not_accept_is_decoded_or_said_to_be_missing(
+    start: MakeProxy,
+) -> None:
+    """Compressed pixels that can be decoded arrive plain; those that cannot are Failed."""
+    held = study(1, 2, transfer_syntax_uid=RLELossless)
+    held.append(
+        instance(
+            9,
+            study_instance_uid=held[0].StudyInstanceUID,
+            transfer_syntax_uid=JPEG2000Lossless,  # which no decoder takes
+        )
+    )
+    async with setup(start, held, transfer_syntaxes=[ExplicitVRLittleEndian]) as made:
+        result = await made.reading.move(the_study(held))
+
+        assert figures(result.final) == (0xB000, 2, 1, 0)
+        assert result.failed_sop_instance_uids == (str(held[2].SOPInstanceUID),)
+        arrived = {one.sop_instance_uid: one for one in made.reading.received}
+        for one in held[:2]:
+            got = arrived[str(one.SOPInstanceUID)]
+            plain = instance(int(one.InstanceNumber))
+            assert got.transfer_syntax_uid == ExplicitVRLittleEndian
+            assert got.dataset().PixelData == plain.PixelData
+        # The decoder complains on stderr, where only lines of the log may be.
+        assert made.proxy.named("instance_not_deliverable")
+
+
 # ------------------------------------------------------------------- it goes wrong
 
 
@@ -372,6 +469,18 @@ async def test_a_full_disk_degrades_the_cache_and_nothing_else(
             assert await made.proxy.stop() == 0
     finally:
         subprocess.run(["umount", "-l", str(small)], check=False)
+
+
+async def test_an_instance_that_nobody_asked_for_is_refused(start: MakeProxy) -> None:
+    """What a source sends without a retrieve under way goes nowhere, and is logged."""
+    async with setup(start, study(1, 1)) as made:
+        north = Workstation("NORTH", made.proxy.node)
+        [status] = await north.store(study(1, 1))
+
+        assert status != 0x0000
+        assert made.proxy.named("store_refused")
+        assert made.reading.received == []
+        assert made.local.asked("store") == []
 
 
 # ------------------------------------------------------------- other archives
