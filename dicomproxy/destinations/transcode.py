@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from pydicom import dcmread
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.filewriter import dcmwrite
 
@@ -42,6 +42,9 @@ TARGETS: Final = (EXPLICIT_VR_LITTLE_ENDIAN, IMPLICIT_VR_LITTLE_ENDIAN)
 """What can be made, best first."""
 
 
+_UNDEFINED_LENGTH: Final = 0xFFFFFFFF
+
+
 class CannotTranscode(Exception):
     """The instance cannot be had in the other syntax; ``reason`` is a log-safe word."""
 
@@ -67,6 +70,7 @@ def transcode(data: bytes, sop_class_uid: str, held: str, wanted: str) -> bytes:
             # The syntax must be in the meta for pydicom to read by it.
             meta = build_file_meta(sop_class_uid, "1.2", held)
             dataset = dcmread(io.BytesIO(meta + data))
+            _settle(dataset)
             if held not in NATIVE:
                 _decode(dataset, held)
             return _encode(dataset, held, wanted)
@@ -75,6 +79,25 @@ def transcode(data: bytes, sop_class_uid: str, held: str, wanted: str) -> bytes:
         except Exception as error:
             # Whatever pydicom or a decoder stumbles over; only the kind is known to be harmless.
             raise CannotTranscode(f"undecodable_{type(error).__name__}".lower()[:64]) from None
+
+
+def _settle(dataset: FileDataset) -> None:
+    """See that what pydicom read loosely is what will be written.
+
+    Raises:
+        CannotTranscode: the data set ends within a value; pydicom takes what
+            there is for all of it, and would give it a length that fits.
+    """
+    for tag in list(dataset.keys()):
+        element: Any = dataset.get_item(tag)
+        if not isinstance(element, RawDataElement):
+            continue
+        if element.value is not None and len(element.value) < element.length < _UNDEFINED_LENGTH:
+            raise CannotTranscode("cut_short")
+        if element.VR is None and not dataset.original_encoding[0]:
+            # Implicit in a syntax that is explicit: files exist that are so, and
+            # what pydicom does not look at, it would write without a VR.
+            dataset[tag]
 
 
 def _decode(dataset: FileDataset, held: str) -> None:
@@ -86,7 +109,15 @@ def _decode(dataset: FileDataset, held: str) -> None:
     size = int(dataset.Rows) * int(dataset.Columns) * samples * -(-bits // 8) * frames
     if size > MOST_BYTES:
         raise CannotTranscode("too_large")
-    dataset.decompress(generate_instance_uid=False)
+    try:
+        dataset.decompress(generate_instance_uid=False)
+    except ValueError:
+        # JPEG 2000 whose own signedness contradicts Pixel Representation: frame
+        # by frame pydicom cannot correct it, the whole array at once it can.
+        colour = "RGB" if samples > 1 else str(dataset.PhotometricInterpretation)
+        dataset.set_pixel_data(
+            dataset.pixel_array, colour, int(dataset.BitsStored), generate_instance_uid=False
+        )
     if held in LOSSY:
         dataset.LossyImageCompression = "01"  # once lossy, always lossy (PS3.3 C.7.6.1.1.5)
 
@@ -125,8 +156,3 @@ def _swap_words(dataset: Dataset) -> None:
             for byte in range(size):
                 swapped[byte::size] = element.value[size - 1 - byte :: size]
             element.value = bytes(swapped)
-
-
-def targets(accepted: Sequence[str]) -> list[str]:
-    """Return which of *accepted* an instance can be converted to, best first."""
-    return [syntax for syntax in TARGETS if syntax in accepted]
