@@ -48,7 +48,10 @@ _CYCLE = bytes(range(251)) * 4200  # a prime: no block boundary hides a shift
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What is held, by whom it may be had, and where; sizes in bytes."""
+    """What is held, and the ports of all; sizes in bytes.
+
+    ``stall_after``: the archive sends so many instances in all, and then no more.
+    """
 
     archive_port: int
     local_port: int
@@ -58,6 +61,7 @@ class Settings:
     pixel_bytes: int
     study_instance_uid: str = "2.25.1"
     series_instance_uid: str = "2.25.1.1"
+    stall_after: int = 0
 
 
 def sop_instance_uid(number: int) -> str:
@@ -150,6 +154,7 @@ class Region:
         self.settings = settings
         self.layer = UpperLayer()
         self.tally = Tally()
+        self._sent = 0
         # A header that fits every instance once its UID is put in.
         self._template = instance(
             study_instance_uid=settings.study_instance_uid,
@@ -247,6 +252,9 @@ class Region:
         context = out.context_for(self.sop_class_uid)
         sent = 0
         for number in numbers:
+            if self.settings.stall_after and self._sent >= self.settings.stall_after:
+                await asyncio.Event().wait()
+            self._sent += 1
             store = request(
                 CommandField.C_STORE_RQ,
                 self.sop_class_uid,

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import sys
 from collections.abc import AsyncIterator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from pydicom import Dataset
 from pynetdicom import ALL_TRANSFER_SYNTAXES
 
 from tests.e2e.conftest import MakeProxy
+from tests.e2e.generator import Settings
 from tests.e2e.support import PROXY_TITLE, Contents, Proxy, identifier
 from tests.peers.archive import Archive
 from tests.peers.dcmtk import Response
 from tests.peers.entity import STORAGE
 from tests.peers.node import Node
 from tests.peers.ports import free_port
+from tests.peers.process import PeerProcess
 from tests.peers.workstation import Workstation
 from tests.support.datasets import data_set_bytes
 
@@ -104,3 +110,20 @@ def the_study(instances: list[Dataset]) -> Dataset:
 def figures(response: Response) -> tuple[int, int | None, int | None, int | None]:
     """Return status, completed, failed and warning."""
     return response.status, response.completed, response.failed, response.warning
+
+
+@asynccontextmanager
+async def generator(settings: Settings, directory: Path) -> AsyncIterator[PeerProcess]:
+    """Run the region that keeps nothing."""
+    log = directory / "generator.log"
+    process = PeerProcess(
+        [sys.executable, "-m", "tests.e2e.generator", json.dumps(asdict(settings))],
+        log,
+        Path(__file__).parents[2],
+    )
+    try:
+        ready = await asyncio.to_thread(process.wait_ready, lambda: "ready" in log.read_text())
+        assert ready, log.read_text()[-2000:]
+        yield process
+    finally:
+        await asyncio.to_thread(process.kill)

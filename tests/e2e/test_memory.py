@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +11,7 @@ import pytest
 
 from tests.e2e.conftest import MakeProxy
 from tests.e2e.generator import Settings
+from tests.e2e.scene import generator
 from tests.e2e.support import a_study
 from tests.peers.node import Node
 from tests.peers.ports import free_port
@@ -26,22 +22,6 @@ LIMIT_BYTES = 150 * MEGABYTE
 FULL_SIZE = os.environ.get("DICOMPROXY_FULL_SIZE") == "1"
 TOTAL_BYTES = 2000 * MEGABYTE if FULL_SIZE else 300 * MEGABYTE
 SMALL_BYTES = 512 * 1024
-
-
-@asynccontextmanager
-async def generator(settings: Settings, directory: Path) -> AsyncIterator[PeerProcess]:
-    log = directory / "generator.log"
-    process = PeerProcess(
-        [sys.executable, "-m", "tests.e2e.generator", json.dumps(asdict(settings))],
-        log,
-        Path(__file__).parents[2],
-    )
-    try:
-        ready = await asyncio.to_thread(process.wait_ready, lambda: "ready" in log.read_text())
-        assert ready, log.read_text()[-2000:]
-        yield process
-    finally:
-        await asyncio.to_thread(process.kill)
 
 
 def tally(process: PeerProcess) -> dict[str, Any]:
