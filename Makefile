@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check setup peers lock clean
+.PHONY: help demo test bench check setup peers lock clean
 
 # The first that is recent enough; where there is none, python3, to be complained about.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
@@ -15,6 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST_FLAGS ?=
+BENCH_FLAGS ?=
 
 # Programs that tests use as peers where they are installed, and their packages.
 PEER_PROGRAMS := Orthanc findscu movescu getscu echoscu storescu storescp dcmqrscp dcmqridx
@@ -28,6 +29,9 @@ demo: $(READY) ## run the main job on an embedded region
 
 test: $(READY) peers ## run all tests (PYTEST_FLAGS="-k something" for some)
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+bench: $(READY) peers ## measure it beside what there would be without (BENCH_FLAGS=--quick)
+	@$(BIN)/python -m bench $(BENCH_FLAGS)
 
 check: $(READY) ## format, lint, types, architecture, configuration files
 	@$(BIN)/ruff format --check .

@@ -1,0 +1,130 @@
+"""Runs the benchmark: ``python -m bench [--quick | --full] [--only NAME ...]``.
+
+The table goes to standard output when all is done, every figure of every round
+to ``bench/results.json``, progress to standard error. Exit status 1 says that a
+row could not be measured; an aim that is missed is a result like any other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from bench import bounds, querying, receiving, retrieving
+from bench.stage import MissingPeer, Stage, sizes
+from bench.table import Failure, Row, render
+from dicomproxy import __version__
+
+RESULTS: Final = Path(__file__).parent / "results.json"
+ROWS: Final[dict[str, Callable[[Stage], Awaitable[list[Row]]]]] = {
+    "receive-mr": receiving.receive_mr,
+    "receive-ct": receiving.receive_ct,
+    "send-fast": receiving.send_fast,
+    "send-ordinary": receiving.send_ordinary,
+    "cold-near": retrieving.cold_near,
+    "other-proxy": retrieving.other_proxy,
+    "cold-capped": retrieving.cold_capped,
+    "far-ct": retrieving.far_ct,
+    "far-mr": retrieving.far_mr,
+    "warm": retrieving.warm,
+    "find": querying.find,
+    "find-silent": querying.find_silent,
+    "memory": bounds.memory,
+    "crowd-near": retrieving.crowd_near,
+    "crowd-far": retrieving.crowd_far,
+}
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure the proxy.")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="one round, little data: a smoke test")
+    size.add_argument("--full", action="store_true", help="2 GB in the memory rows, not 300 MB")
+    parser.add_argument(
+        "--only", action="append", choices=ROWS, metavar="NAME", help=f"of: {', '.join(ROWS)}"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where figures go")
+    return parser.parse_args(arguments)
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "cpus": os.cpu_count(),
+        "machine": platform.machine(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "dicomproxy": __version__,
+    }
+
+
+async def run(options: argparse.Namespace) -> tuple[list[Row], list[Failure]]:
+    """Measure the rows that were asked for, one after the other."""
+    rows: list[Row] = []
+    failures: list[Failure] = []
+    what = sizes(quick=options.quick, full=options.full)
+    with tempfile.TemporaryDirectory(prefix="dicomproxy-bench-") as name:
+        async with Stage(Path(name), what) as stage:
+            for row, measure in ROWS.items():
+                if options.only and row not in options.only:
+                    continue
+                began = time.monotonic()
+                try:
+                    rows.extend(await measure(stage))
+                    said = "done"
+                except MissingPeer as error:
+                    failures.append(Failure(row, str(error), skipped=True))
+                    said = "skipped"
+                except Exception as error:
+                    failures.append(Failure(row, _reason(error)))
+                    said = "FAILED"
+                print(f"{row}: {said}, {time.monotonic() - began:.1f} s", file=sys.stderr)
+    return rows, failures
+
+
+def _reason(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return f"{type(error).__name__}: {error}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, print, write; return the exit status."""
+    options = _options(arguments)
+    started = datetime.now(UTC)
+    rows, failures = asyncio.run(run(options))
+    machine = _machine()
+    print(
+        f"dicomproxy {machine['dicomproxy']}, Python {machine['python']}, "
+        f"{machine['cpus']} CPUs, {machine['system']}"
+        f"{', quick: not to be quoted' if options.quick else ''}\n"
+    )
+    print(render(rows, failures))
+    options.results.write_text(
+        json.dumps(
+            {
+                "started": started.isoformat(timespec="seconds"),
+                "quick": options.quick,
+                "machine": machine,
+                "rows": [row.as_json() for row in rows],
+                "failures": [{"name": one.name, "reason": one.reason} for one in failures],
+            },
+            indent=1,
+        )
+        + "\n",
+        encoding="utf-8",
+    )
+    return int(any(not one.skipped for one in failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
