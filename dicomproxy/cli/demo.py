@@ -16,12 +16,15 @@ from dicomproxy.demo.peers import data_set_bytes
 from dicomproxy.demo.region import DemoFailed, Region
 
 _SUCCESS: Final = 0x0000
+_WIDTH: Final = 110
 _ENDS: Final = frozenset({signal.SIGINT, signal.SIGTERM})
 
 
 def run(*, keep: bool = False) -> int:
     """Show it; return 0, or 1 if anything differs from what was stored."""
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH)  # what reads a pipe does not wrap
     if keep:
         # Waited for below; unblocked they would end this process and leave the proxy.
         signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
