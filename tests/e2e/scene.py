@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from pydicom import Dataset
-from pynetdicom import ALL_TRANSFER_SYNTAXES
 
 from tests.e2e.conftest import MakeProxy
 from tests.e2e.generator import Settings
 from tests.e2e.support import PROXY_TITLE, Contents, Proxy, identifier
 from tests.peers.archive import Archive
 from tests.peers.dcmtk import Response
-from tests.peers.entity import STORAGE
 from tests.peers.node import Node
 from tests.peers.ports import free_port
 from tests.peers.process import PeerProcess
@@ -47,8 +45,7 @@ async def setup(
     here: Sequence[Dataset] = (),
     count: int = 1,
     kind: type[Archive] = Archive,
-    accept: Iterable[str] = STORAGE,
-    transfer_syntaxes: Iterable[str] = ALL_TRANSFER_SYNTAXES,
+    transfer_syntaxes: Iterable[str] = (),
     **more: Any,
 ) -> AsyncIterator[Setup]:
     """Run archives north, south, ... that hold what is *held*, and *count* workstations.
@@ -56,15 +53,23 @@ async def setup(
     Args:
         here: what the local PACS holds.
         kind: of the remote archives.
-        accept: SOP Classes that the workstations take.
-        transfer_syntaxes: in which they take them.
+        transfer_syntaxes: in which the workstations take what is held; default: as it is held.
         more: as for ``configuration``.
     """
     names = ("north", "south", "east")[: len(held)]
     port = free_port()
     us = Node(PROXY_TITLE, "127.0.0.1", port)
+    everything = [one for instances in (here, *held) for one in instances]
+    # Offering every standard class would cost pynetdicom much time for each association.
+    accept = sorted({str(one.SOPClassUID) for one in everything})
+    native = sorted({str(one.file_meta.TransferSyntaxUID) for one in everything})
     workstations = [
-        Workstation(f"READING{number}", us, accept=accept, transfer_syntaxes=transfer_syntaxes)
+        Workstation(
+            f"READING{number}",
+            us,
+            accept=accept,
+            transfer_syntaxes=list(transfer_syntaxes) or native,
+        )
         for number in range(1, count + 1)
     ]
     archives = [kind(name.upper(), one, [us]) for name, one in zip(names, held, strict=True)]

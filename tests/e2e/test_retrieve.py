@@ -277,7 +277,7 @@ async def test_more_kinds_of_objects_than_one_association_has_contexts_for(
             for syntax in (ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEG2000Lossless)
         )
     ]
-    async with setup(start, held[:75], held[75:], accept=(*STORAGE[:49], private)) as made:
+    async with setup(start, held[:75], held[75:]) as made:
         result = await made.reading.move(the_study(held))
 
         assert figures(result.final) == (0x0000, 150, 0, 0)
