@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench check setup peers lock clean
+.PHONY: soak help demo test bench check setup peers lock clean
 
 # The first that is recent enough; where there is none, python3, to be complained about.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
@@ -39,6 +39,9 @@ check: $(READY) ## format, lint, types, architecture, configuration files
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_architecture.py tests/config/test_shipped.py
 	@$(BIN)/dicomproxy check config/dicomproxy.example.yaml
+
+soak: $(READY) peers ## hurt a whole region for a while (MINUTES=60 SEED=7)
+	@$(BIN)/python -m soak --minutes $(or $(MINUTES),3) $(if $(SEED),--seed $(SEED))
 
 setup: $(READY) ## make the virtual environment
 
