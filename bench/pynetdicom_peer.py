@@ -22,6 +22,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 from pynetdicom import AE, StoragePresentationContexts, evt
 
 from bench.control import obey
+from dicomproxy.demo.peers import Entity
 
 
 def receive(port: int, directory: Path) -> Any:
@@ -48,7 +49,9 @@ def send(port: int, files: str) -> float:
         RuntimeError: the association or an instance was refused.
     """
     datasets = [dcmread(path) for path in sorted(Path(files).iterdir())]
-    entity = AE(ae_title="PYNETDICOM")
+    # With a plain AE two threads now and then read one association, and the sender
+    # waits in vain for a response that the other took.
+    entity = Entity(ae_title="PYNETDICOM")
     entity.add_requested_context(datasets[0].SOPClassUID, ExplicitVRLittleEndian)
     began = time.monotonic()
     association = entity.associate("127.0.0.1", port, ae_title="READING", max_pdu=0)
