@@ -155,13 +155,14 @@ def knows(directory: Path, study_instance_uid: str) -> bool:
 async def test_strangers_are_rejected_with_the_reason(proxy: Proxy) -> None:
     """An unknown calling title, and a title that is not ours (PS3.8 9.3.4)."""
 
-    def reject(calling: str, called: str) -> tuple[int, int, int]:
+    def reject(calling: str, called: str) -> tuple[Any, ...]:
         entity = AE(calling)
         entity.acse_timeout = entity.network_timeout = 10
         entity.add_requested_context("1.2.840.10008.1.1")
         association = entity.associate("127.0.0.1", proxy.port, ae_title=called)
         assert association.is_rejected
         primitive = association.acceptor.primitive
+        assert primitive is not None
         return primitive.result, primitive.result_source, primitive.diagnostic
 
     assert await asyncio.to_thread(reject, "STRANGER", PROXY_TITLE) == (1, 1, 3)
@@ -178,12 +179,13 @@ async def test_associations_beyond_the_limit_are_rejected_for_the_moment(
     """Local limit exceeded is transient, and room is made when one ends."""
     proxy = await start_in_front(start, region, proxy={"max_associations": 2})
 
-    def work() -> tuple[int, int, int]:
+    def work() -> tuple[Any, ...]:
         entity = AE("READING1")
         entity.acse_timeout = entity.network_timeout = 10
         entity.add_requested_context("1.2.840.10008.1.1")
         held = [entity.associate("127.0.0.1", proxy.port, ae_title=PROXY_TITLE) for _ in range(3)]
         primitive = held[2].acceptor.primitive
+        assert primitive is not None
         for association in held[:2]:
             association.release()
         return primitive.result, primitive.result_source, primitive.diagnostic

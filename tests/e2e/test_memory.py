@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ def tally(process: PeerProcess) -> dict[str, Any]:
     return dict(json.loads(tallies[-1])) if tallies else {"instances": 0, "faulty": 0}
 
 
+def has_received(process: PeerProcess, instances: int) -> bool:
+    return bool(tally(process)["instances"] == instances)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
@@ -56,9 +61,8 @@ async def test_memory_does_not_grow_with_what_is_moved(
             final = result.final
             assert (final.status, final.completed, final.failed) == (0x0000, instances, 0)
             # The last association may end a moment after the last response.
-            await proxy.until(
-                lambda done=run * instances: tally(peers)["instances"] == done, "received"
-            )
+            expected = run * instances
+            await proxy.until(partial(has_received, peers, expected), "received")
             assert tally(peers)["faulty"] == 0
             assert await proxy.fetched() == instances
             assert proxy.peak_bytes() <= LIMIT_BYTES

@@ -29,7 +29,7 @@ async def silent_node() -> AsyncIterator[Node]:
         yield Node("SILENT", "127.0.0.1", server.getsockname()[1])
 
 
-def asks(proxy: Proxy, **more: object) -> Workstation:
+def asks(proxy: Proxy) -> Workstation:
     return Workstation("READING1", proxy.node)
 
 

@@ -266,7 +266,10 @@ async def test_more_kinds_of_objects_than_one_association_has_contexts_for(
     """A study of 132 pairs of class and syntax, a private class among them, arrives whole."""
     private = "1.2.826.0.1.3680043.9.3811.1"
     register_uid(private, "PrivateImageStorage", StorageServiceClass)
-    uids_of_both = {"study_instance_uid": generate_uid(), "series_instance_uid": generate_uid()}
+    uids_of_both: dict[str, Any] = {
+        "study_instance_uid": generate_uid(),
+        "series_instance_uid": generate_uid(),
+    }
     held = [
         instance(number, sop_class_uid=sop_class, transfer_syntax_uid=syntax, **uids_of_both)
         for number, (sop_class, syntax) in enumerate(
@@ -335,6 +338,7 @@ async def test_the_rest_of_a_study_comes_from_the_next_holder(start: MakeProxy) 
     held = study(1, 12)
     async with setup(start, held, held, kind=Dying) as made:
         north, south = made.archives
+        assert isinstance(south, Dying)
         south.after = 1000
         result = await made.reading.move(the_study(held))
 
@@ -361,6 +365,7 @@ async def test_a_source_gone_in_the_middle_leaves_b000_and_a_list(start: MakePro
         assert set(result.failed_sop_instance_uids) == missing
         assert made.proxy.named("flight_incomplete")
 
+        assert isinstance(north, Dying)
         north.after, north.reject = 1000, None
         made.reading.received.clear()
         again = await made.reading.move(the_study(held))
