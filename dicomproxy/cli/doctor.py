@@ -467,7 +467,9 @@ def _in_words(error: BaseException) -> str:
         case OSError():
             return f"no connection ({type(error).__name__})"
         case SourceError():
-            status = f", status {error.status:04X}" if error.status is not None else ""
-            return f"{error.failure}{status}{' ' + error.detail if error.detail else ''}"
+            if error.status is not None:
+                return f"status {error.status:04X}"
+            words = str(error.failure).replace("_", " ")
+            return f"{words}, {error.detail}" if error.detail else words
         case _:
             return str(error)
