@@ -420,7 +420,11 @@ class Association:
                 raise
 
     def abort(self) -> None:
-        """Abort as service user; nothing where it is over."""
+        """Abort as service user; where it is over, only drop what was not received yet."""
+        # Nobody will: what their sinks hold has no other end.
+        while self._inbox:
+            if (sink := self._inbox.popleft().sink) is not None:
+                sink.discard()
         if self._ended is None:
             self._end(AssociationAborted(0, 0))
             self.protocol.abort()

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Final
 
-from dicomproxy.dimse.association import Association
-from dicomproxy.dimse.command import cancel
+from dicomproxy.dimse.association import Association, Message
+from dicomproxy.dimse.command import CommandField, cancel, response
 from dicomproxy.dimse.errors import (
     AssociationError,
     AssociationRejected,
@@ -33,6 +33,7 @@ _DRAIN_SECONDS: Final = 30.0
 _RELEASE_SECONDS: Final = 5.0
 _FAREWELL_SECONDS: Final = 1.0
 _ROUND_TRIPS: Final = 8
+_OUT_OF_RESOURCES: Final = 0xA700
 
 
 class Purpose(Enum):
@@ -297,6 +298,9 @@ class AssociationPool:
                 while True:
                     message = await association.receive(_DRAIN_SECONDS)
                     answered = message.command
+                    if not answered.is_response:
+                        await _decline(association, message)
+                        continue
                     if answered.responds_to == message_id and answered.status & 0xFF00 != 0xFF00:
                         break
         except (AssociationError, TimeoutError):
@@ -327,3 +331,16 @@ class AssociationPool:
         except TimeoutError:
             pass
         await self._tasks.close()
+
+
+async def _decline(association: Association, message: Message) -> None:
+    """Refuse what still comes within an operation that was given up.
+
+    A peer that waits for the answer to a C-STORE within a C-GET would get
+    neither to the cancellation nor to its final response.
+    """
+    if message.sink is not None:
+        message.sink.discard()
+    if message.command.field == CommandField.C_STORE_RQ:
+        refusal = response(message.command, _OUT_OF_RESOURCES)
+        await association.send(message.context, refusal)

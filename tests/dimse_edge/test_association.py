@@ -29,6 +29,7 @@ from dicomproxy.dimse.pdu import (
 from tests.dimse_edge.harness import (
     PROPOSAL,
     SHORT,
+    CheckingSink,
     Pattern,
     Service,
     cancel_when,
@@ -180,6 +181,31 @@ async def test_silence_is_a_timeout_and_the_association_stands() -> None:
         stage.gate.set()
         assert (await stage.association.receive(8.0)).command.responds_to == 1
         await stage.association.release(8.0)
+
+
+@pytest.mark.parametrize("ended_before", [False, True], ids=["open", "ended by the peer"])
+async def test_abort_discards_what_was_not_received(ended_before: bool) -> None:
+    """A message that nobody has taken yet has its sink told, or what that holds would stay."""
+
+    async def stores(peer: RawPeer, gate: asyncio.Event) -> None:
+        await passed(gate)
+        await peer.send_message(3, STORE, b"data")
+        if ended_before:
+            await peer.send(Abort(2, 5))
+        await reads_until_the_end(peer, gate)
+
+    sink = CheckingSink()
+    async with staged(stores) as stage:
+        association = stage.association
+        association.sink_for = lambda *_: sink
+        stage.gate.set()
+        await until(lambda: association.messages_received == 1)
+        await until(lambda: association.established is not ended_before)
+        assert not sink.discarded
+        association.abort()
+        assert sink.discarded
+        with pytest.raises(AssociationAborted):
+            await association.receive(8.0)
 
 
 async def test_receive_cancelled_loses_no_message() -> None:

@@ -452,6 +452,33 @@ async def test_closing_a_get_cancels_it_and_what_still_comes_is_forgotten() -> N
         await within(seen.wait())
 
 
+async def test_instance_that_crosses_the_cancellation_of_a_get_is_refused() -> None:
+    """It is answered, or the archive would wait and never see the C-CANCEL; nothing is kept."""
+    given_up, ended = asyncio.Event(), asyncio.Event()
+
+    async def handle(association: Association, message: Message) -> None:
+        await send_pending(association, message, remaining=2)
+        await given_up.wait()
+        store = request(
+            CommandField.C_STORE_RQ, CT, 5, data_set=True, affected_sop_instance_uid="1.1"
+        )
+        await association.send(association.context_for(CT), store, b"small!")
+        told = await association.receive(SECONDS)
+        assert told.command.field == CommandField.C_CANCEL_RQ
+        answer = await association.receive(SECONDS)
+        assert (answer.command.responds_to, answer.command.status) == (5, 0xA700)
+        await send_final(association, message, 0xFE00)
+        ended.set()
+
+    async with asking(StandIn(handle), retrieve="c-get") as at:
+        async with aclosing(at.source.retrieve(get_order(CT))) as steps:
+            await first(steps)
+        given_up.set()
+        await within(ended.wait())
+        await until(lambda: at.archive.pool.in_use == 0)
+        assert (at.arrived.finished, at.arrived.discarded) == ([], ["1.1"])
+
+
 async def test_other_requests_within_a_get_are_not_understood() -> None:
     """An archive that asks something else meanwhile is told so (0211), and goes on."""
 
