@@ -56,6 +56,11 @@ class Breaker:
             return BreakerState.HALF_OPEN
         return BreakerState.OPEN
 
+    @property
+    def probing(self) -> bool:
+        """Whether somebody is finding out at this moment."""
+        return self._probing
+
     def allow(self, *, probe: bool = False) -> bool:
         """Ask whether an exchange may be tried; *probe* may also try while open.
 

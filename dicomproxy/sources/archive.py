@@ -76,6 +76,7 @@ _SECONDS = Histogram(
     buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300),
 )
 _BREAKER = Gauge("dicomproxy_source_breaker", "0 closed, 1 half open, 2 open.", ("source",))
+_PROBE_SECONDS: Final = 1.0
 _BREAKER_VALUES: Final = {
     BreakerState.CLOSED: 0,
     BreakerState.HALF_OPEN: 1,
@@ -142,6 +143,8 @@ class Archive:
             pause_seconds=settings.breaker_pause,
             on_change=self._breaker_changed,
         )
+        self._breaker_turned = asyncio.Event()
+        """Set, and replaced, when a probe has been answered."""
         _BREAKER.labels(settings.name).set(0)
         self._latencies: deque[float] = deque(maxlen=50)
         self._last_success_at = 0.0
@@ -210,7 +213,7 @@ class Archive:
             SourceError: whatever went wrong.
         """
         name = self.settings.name
-        if not self.breaker.allow(probe=probe):
+        if not await self._allowed(probe, lease_seconds):
             _EXCHANGES.labels(name, operation, Failure.BREAKER).inc()
             raise SourceError(name, Failure.BREAKER)
         started = time.monotonic()
@@ -262,6 +265,23 @@ class Archive:
             elif not told:
                 self.breaker.inconclusive()
 
+    async def _allowed(self, probe: bool, seconds: float) -> bool:
+        """Ask the breaker; what somebody finds out at this moment holds for us too.
+
+        Without that, of several who ask an archive that is well again all but the
+        first were told that it is not. A probe that takes long is not waited for.
+        """
+        if self.breaker.allow(probe=probe):
+            return True
+        if not self.breaker.probing:
+            return False
+        try:
+            async with asyncio.timeout(min(seconds, _PROBE_SECONDS)):
+                await self._breaker_turned.wait()
+        except TimeoutError:
+            return False
+        return self.breaker.allow(probe=probe)
+
     def _succeeded(self, operation: str, seconds: float) -> None:
         name = self.settings.name
         self.breaker.success()
@@ -282,6 +302,9 @@ class Archive:
         _EXCHANGES.labels(self.settings.name, operation, str(failure)).inc()
 
     def _breaker_changed(self, state: BreakerState) -> None:
+        if state is not BreakerState.HALF_OPEN:
+            self._breaker_turned.set()
+            self._breaker_turned = asyncio.Event()
         _BREAKER.labels(self.settings.name).set(_BREAKER_VALUES[state])
         _log.warning(
             "source_breaker",

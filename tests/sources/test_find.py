@@ -21,6 +21,7 @@ from dicomproxy.dimse.layer import Limits
 from dicomproxy.dimse.negotiation import UNCOMPRESSED
 from dicomproxy.dimse.pdu import REJECT_CALLED, REJECT_LIMIT, AssociateReject, AssociateRequest
 from dicomproxy.ports import Failure, SourceError, SourceQuery
+from dicomproxy.sources import archive
 from dicomproxy.sources.archive import PATIENT_ROOT_FIND, STUDY_ROOT_FIND
 from dicomproxy.sources.dimse import DimseSource
 from tests.dimse_edge.harness import until
@@ -404,8 +405,48 @@ async def test_breaker_opens_half_opens_and_closes(
     assert states == ["open", "half_open", "open", "half_open", "closed"]
 
 
-async def test_somebody_who_waits_may_probe_an_open_breaker() -> None:
-    """An interactive query is tried although the breaker is open, one at a time."""
+@pytest.mark.parametrize("well", [True, False], ids=["well_again", "still_down"])
+async def test_who_asks_during_a_probe_hears_what_it_finds(well: bool) -> None:
+    """Several ask at once after an outage: one tries, and its outcome holds for all."""
+    now = [0.0]
+    broken = True
+    gate, knocked = asyncio.Event(), asyncio.Event()
+
+    async def admit(_request: AssociateRequest) -> AssociateReject | None:
+        if now[0]:
+            knocked.set()
+            await gate.wait()
+        return REJECT_CALLED if broken else None
+
+    peer = StandIn(answers(row("1.1")), admit=admit)
+    async with asking(peer, breaker_failures=1, breaker_pause=30.0) as at:
+        at.archive.breaker._clock = lambda: now[0]
+        with pytest.raises(SourceError):
+            await at.find()
+        now[0], broken = 31.0, not well
+        probe = asyncio.create_task(at.find())
+        await within(knocked.wait())
+        others = [asyncio.create_task(at.find()) for _ in range(3)]
+        await asyncio.sleep(0)
+        assert len(peer.requests) == 2
+        gate.set()
+        outcomes = await within(asyncio.gather(probe, *others, return_exceptions=True))
+        if well:
+            assert [len(rows) for rows in outcomes] == [1, 1, 1, 1]
+        else:
+            failures = [error.failure for error in outcomes]
+            assert failures == [Failure.REJECTED, *[Failure.BREAKER] * 3]
+            assert len(peer.requests) == 2
+
+
+async def test_somebody_who_waits_may_probe_an_open_breaker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An interactive query is tried although the breaker is open, one at a time.
+
+    Another waits for a while for what it finds, and not for a probe that takes long.
+    """
+    monkeypatch.setattr(archive, "_PROBE_SECONDS", 0.05)
     broken = True
     gate, asked = asyncio.Event(), asyncio.Event()
 
