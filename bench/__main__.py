@@ -26,6 +26,7 @@ from bench.stage import MissingPeer, Stage, sizes
 from bench.table import Failure, Row, render
 from dicomproxy import __version__
 
+_PREFIX: Final = "dicomproxy-bench-"
 _ROOM_BYTES: Final = 8_000_000_000
 RESULTS: Final = Path(__file__).parent / "results.json"
 ROWS: Final[dict[str, Callable[[Stage], Awaitable[list[Row]]]]] = {
@@ -77,7 +78,7 @@ def _usual_directory() -> Path:
 
 def creation_seconds(directory: Path, count: int = 200) -> float:
     """Return how long creating a file takes there; whoever receives pays it for each instance."""
-    with tempfile.TemporaryDirectory(prefix="dicomproxy-bench-", dir=directory) as name:
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=directory) as name:
         began = time.monotonic()
         for number in range(count):
             (Path(name) / str(number)).touch(exist_ok=False)
@@ -101,8 +102,11 @@ async def run(options: argparse.Namespace) -> tuple[list[Row], list[Failure]]:
     rows: list[Row] = []
     failures: list[Failure] = []
     what = sizes(quick=options.quick, full=options.full)
-    with tempfile.TemporaryDirectory(prefix="dicomproxy-bench-", dir=options.directory) as name:
-        async with Stage(Path(name), what) as stage:
+    with (
+        tempfile.TemporaryDirectory(prefix=_PREFIX, dir=options.directory) as memory,
+        tempfile.TemporaryDirectory(prefix=_PREFIX) as disk,
+    ):
+        async with Stage(Path(memory), Path(disk), what) as stage:
             for row, measure in ROWS.items():
                 if options.only and row not in options.only:
                     continue

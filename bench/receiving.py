@@ -99,7 +99,7 @@ async def _send(stage: Stage, kind: str, usual: int) -> list[Row]:
     )
     files = str(await stage.files(study))
     peer, receiving = await stage.pynetdicom(), await stage.workstation(kind)
-    async with stage.proxy(stage.generated(), reading=kind) as proxy:
+    async with stage.proxy(stage.generated(), reading=kind, on_disk=True) as proxy:
         ours: dict[str, Any] = {"arrives": kind == "fast"}
         await stage.proxied(proxy, [study], **ours)
         for _ in range(stage.rounds(usual)):

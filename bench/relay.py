@@ -126,8 +126,10 @@ class End(asyncio.Protocol):
                 self._transport.resume_reading()
 
 
-async def listen(link: dict[str, Any], to_source: Direction, from_source: Direction) -> None:
-    """Relay the connections of one link, until the process ends."""
+async def listen(
+    link: dict[str, Any], to_source: Direction, from_source: Direction
+) -> asyncio.Server:
+    """Relay the connections of one link."""
     loop = asyncio.get_running_loop()
     ahead, back = (from_source, to_source) if link["from_source"] else (to_source, from_source)
     connecting: set[asyncio.Task[None]] = set()
@@ -148,7 +150,7 @@ async def listen(link: dict[str, Any], to_source: Direction, from_source: Direct
         task.add_done_callback(connecting.discard)
         return near
 
-    await loop.create_server(accept, "127.0.0.1", link["port"], backlog=256)
+    return await loop.create_server(accept, "127.0.0.1", link["port"], backlog=256)
 
 
 async def main(settings: dict[str, Any]) -> None:
@@ -156,9 +158,10 @@ async def main(settings: dict[str, Any]) -> None:
     rate = settings.get("bytes_per_second")
     to_source = Direction(settings["delay_seconds"], rate)
     from_source = Direction(settings["delay_seconds"], rate)
-    for link in settings["links"]:
-        await listen(link, to_source, from_source)
+    servers = [await listen(link, to_source, from_source) for link in settings["links"]]
     await obey({})
+    for server in servers:
+        server.close()
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ async def warm(stage: Stage) -> list[Row]:
         under_seconds(0.010),
     )
     await stage.fill(ORTHANC, study)
-    async with stage.proxy(stage.through(NEAR)) as proxy:
+    async with stage.proxy(stage.through(NEAR), on_disk=True) as proxy:
         await stage.proxied(proxy, [study])
         for _ in range(stage.rounds(5)):
             _add(rows, False, await stage.direct(NEAR, [study]))

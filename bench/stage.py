@@ -157,10 +157,17 @@ class BenchProxy(Proxy):
 
 
 class Stage:
-    """Everything that is shared by rows; ``async with`` ends whatever was started."""
+    """Everything that is shared by rows; ``async with`` ends whatever was started.
 
-    def __init__(self, directory: Path, what: Sizes) -> None:
+    Args:
+        directory: for data, logs and caches.
+        disk: for caches of rows that only read them.
+        what: how much is moved, how often.
+    """
+
+    def __init__(self, directory: Path, disk: Path, what: Sizes) -> None:
         self.directory = directory
+        self._disk = disk
         self.sizes = what
         self.ports = {
             name: free_port()
@@ -357,6 +364,7 @@ class Stage:
         reading: str = "fast",
         local: tuple[str, str, int] | None = None,
         ceiling: int = 4,
+        on_disk: bool = False,
     ) -> AsyncIterator[BenchProxy]:
         """Start a proxy of its own, with an empty cache, and end it afterwards.
 
@@ -366,13 +374,16 @@ class Stage:
             reading: which receiver stands behind READING.
             local: its local PACS; by default one that holds nothing.
             ceiling: associations at a source, at most.
+            on_disk: keep its cache on an ordinary file system, where a row is about
+                reading: file systems in memory lack what makes that quick.
         """
         self._proxies += 1
+        directory = (self._disk if on_disk else self.directory) / f"proxy-{self._proxies}"
         await self.archive()  # the empty local PACS is one of its ports
         made = BenchProxy(
-            self.directory / f"proxy-{self._proxies}",
+            directory,
             configuration(
-                self.directory / f"proxy-{self._proxies}",
+                directory,
                 pacs=local or ("EMPTY", "127.0.0.1", self.ports["empty"]),
                 sources=sources,
                 workstations=[
