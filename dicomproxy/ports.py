@@ -120,7 +120,10 @@ class RetrieveOrder:
     """What one retrieve operation asks of a source.
 
     ``last_activity`` is the loop time at which bytes of this order last
-    arrived; whoever receives them sets it, the source's stall deadline reads it.
+    arrived, 0 while none did; whoever receives them sets it, the source's stall
+    deadline reads it. ``last_possible_activity`` is the same for bytes that may
+    have been of another order to that source: they put a deadline off, and do
+    not mean that this order has begun.
     ``sop_classes`` are those expected (from the manifest), for C-GET's contexts.
     """
 
@@ -131,6 +134,7 @@ class RetrieveOrder:
     patient_id: str = ""
     sop_classes: tuple[str, ...] = ()
     last_activity: float = 0.0
+    last_possible_activity: float = 0.0
     arrived: int = 0
 
 

@@ -25,6 +25,7 @@ from dicomproxy.dimse.pdu import ProtocolError
 from dicomproxy.dimse.pool import Lease
 
 VERIFICATION: Final = "1.2.840.10008.1.1"
+_ASK_SECONDS: Final = 1.0
 PENDING: Final = frozenset({0xFF00, 0xFF01})
 
 
@@ -93,7 +94,8 @@ async def exchange(
     """Send a request and yield its responses, the last one not pending.
 
     Args:
-        timeout_seconds: how long still, asked before each wait; at or below 0 it has passed.
+        timeout_seconds: how long still, asked now and then while waiting, since what
+            happens elsewhere may change it; at or below 0 it has passed.
 
     Raises:
         AssociationError: the exchange broke or a deadline passed; the lease is over.
@@ -109,10 +111,10 @@ async def exchange(
                 raise AssociationTimeout("response")
             try:
                 response = await receive_response(
-                    association, message_id, command.field, left, incoming
+                    association, message_id, command.field, min(left, _ASK_SECONDS), incoming
                 )
             except AssociationTimeout:
-                continue  # asked again: what happens elsewhere may have put it off
+                continue
             if not response.pending:
                 ended = True
                 lease.done()

@@ -25,7 +25,14 @@ from prometheus_client import Counter
 
 from dicomproxy.dataset.header import InstanceHeader
 from dicomproxy.logs import error_fields, get_logger
-from dicomproxy.ports import InstanceStore, InstanceWriter, Refused, StoreFull, StudyLease
+from dicomproxy.ports import (
+    InstanceStore,
+    InstanceWriter,
+    Refused,
+    RetrieveOrder,
+    StoreFull,
+    StudyLease,
+)
 from dicomproxy.retrieval.flight import Flight
 from dicomproxy.retrieval.flights import Flights
 
@@ -95,7 +102,7 @@ class FlightArrival:
         self._patient_id = ""
 
     def write(self, segments: Sequence[memoryview], release: Callable[[], None]) -> None:
-        """Take over bytes; they count as a sign of life of every order at this source."""
+        """Take over bytes; they count as a sign of life of the order that they may be for."""
         self._active()
         self._writer.write(segments, release)
 
@@ -167,6 +174,20 @@ class FlightArrival:
             self._flights.refused(self._source, self._sop_instance_uid, reason)
 
     def _active(self) -> None:
+        """Note a sign of life of the order that this is for.
+
+        Which one that is may not be known before the header has been read; those
+        that wait for a tape must not pass for begun because another study comes.
+        """
         now = self._loop.time()
-        for order in self._flights.orders(self._source):
-            order.last_activity = now
+        orders = [order for order in self._flights.orders(self._source) if self._may_be_for(order)]
+        for order in orders:
+            order.last_possible_activity = now
+            if len(orders) == 1 or order.last_activity or self._flight is not None:
+                order.last_activity = now
+
+    def _may_be_for(self, order: RetrieveOrder) -> bool:
+        flight = self._flight
+        if flight is not None and flight.study_instance_uid not in order.study_instance_uids:
+            return False
+        return not order.sop_instance_uids or self._sop_instance_uid in order.sop_instance_uids

@@ -368,7 +368,9 @@ class Leg:
 
     async def _run(self, running: _Running) -> None:
         order = running.order
-        started = order.last_activity = asyncio.get_running_loop().time()
+        started = asyncio.get_running_loop().time()
+        if self._stalled:
+            order.last_activity = started  # no tape is waited for a second time
         failure: Failure | None = None
         final: RetrieveProgress | None = None
         self._flight.flights.order_started(self.name, order)

@@ -360,9 +360,9 @@ class _Patience:
         self._moved = self._loop.time()
 
     def left(self) -> float:
-        latest = max(self._order.last_activity, self._moved)
         if not self._order.last_activity:
-            end = max(self._started, self._moved) + self._first_seconds
+            possible = self._order.last_possible_activity
+            end = max(self._started, self._moved, possible) + self._first_seconds
         else:
-            end = latest + self._stall_seconds
+            end = max(self._order.last_activity, self._moved) + self._stall_seconds
         return end - self._loop.time()
