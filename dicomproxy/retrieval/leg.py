@@ -485,6 +485,8 @@ class Leg:
     def stored(self, instance: CachedInstance) -> None:
         """Note that an instance has come from this holder."""
         uid = instance.sop_instance_uid
+        # Said at once: all may be here before the order's final response is.
+        self._fetched = True
         for running in self._orders:
             if running.selection.covers(instance.series_instance_uid, uid):
                 running.arrived.add(uid)
