@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import statistics
 import time
 from collections.abc import Sequence
@@ -25,7 +26,10 @@ _MOST_FAILURES: Final = 20
 
 
 def snapshot(application: Application) -> StatusSnapshot:
-    """Return the state of *application* at this moment; it may be starting still."""
+    """Return the state of *application* at this moment; it may be starting still.
+
+    On the event loop only: its tasks are counted.
+    """
     proxy = application.settings.proxy
     routing, listener = application.routing, application.listener
     archives = [routing.local_archive, *routing.archives] if routing is not None else []
@@ -56,6 +60,7 @@ def snapshot(application: Application) -> StatusSnapshot:
             evictions=stats.evictions,
         ),
         failures=_failures(application.operations, archives),
+        tasks=len(asyncio.all_tasks()),
     )
 
 

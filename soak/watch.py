@@ -49,12 +49,13 @@ class Watch:
         self._descriptors: list[int] = []
         self._log_offset = 0
         self._sockets = 0
+        self._tasks = 0.0
 
     # ------------------------------------------------------------------- during
 
     async def baseline(self) -> None:
         """Note what is open before anybody has come."""
-        await self.metrics()
+        self._tasks = (await self.metrics()).get("dicomproxy_tasks", 0)
         names = self._open_files()
         self._descriptors.append(len(names))
         self._sockets = sum(name.startswith("socket:") for name in names)
@@ -159,6 +160,8 @@ class Watch:
             )
             if metrics.get(name, 0)
         ]
+        if (tasks := metrics.get("dicomproxy_tasks", 0)) > self._tasks:
+            left.append(f"{tasks - self._tasks:g} tasks")
         names = self._open_files()
         sockets = sum(name.startswith("socket:") for name in names)
         if sockets > self._sockets:

@@ -102,6 +102,7 @@ class StatusSnapshot:
     operations: tuple[OperationStatus, ...]
     cache: CacheStatus
     failures: tuple[FailureStatus, ...] = ()
+    tasks: int = 0
 
     @property
     def state(self) -> str:

@@ -118,6 +118,7 @@ FULL = replace(
     failures=tuple(
         FailureStatus(NOW - 60 * number, "retrieve", f"reason{number}") for number in range(30)
     ),
+    tasks=12,
 )
 
 

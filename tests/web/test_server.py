@@ -98,6 +98,7 @@ async def test_metrics_parse_and_hold_what_was_counted(http: aiohttp.ClientSessi
         ("dicomproxy_source_associations", "north", "idle"): 2,
         ("dicomproxy_operations_running", "retrieve"): 1,
         ("dicomproxy_operations_stuck",): 1,
+        ("dicomproxy_tasks",): 12,
         ("dicomproxy_cache_max_bytes",): 200e9,
     }
     assert expected.items() <= samples.items()
