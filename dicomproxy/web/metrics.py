@@ -68,7 +68,7 @@ class _SnapshotCollector(Collector):
             running.add_metric([kind], count)
         yield running
         stuck = sum(operation.stuck for operation in given.operations)
-        yield _gauge("tasks", "Tasks of the event loop; few while nothing is going on.", given.tasks)
+        yield _gauge("tasks", "Tasks of the event loop; few while all is quiet.", given.tasks)
         yield _gauge("operations_stuck", "Operations without progress for half a minute.", stuck)
 
 
