@@ -153,8 +153,13 @@ class Archive:
     def vanish(self) -> None:
         """Do the same without ending whoever calls."""
         self.dead = True
-        assert self._listener._server is not None
-        self._listener._server.close()
+        server, loop = self._listener._server, asyncio.get_running_loop()
+        assert server is not None
+        for listening in server.sockets:
+            loop.remove_reader(listening)
+        # A connection that is being accepted when a server is closed would be lost track of;
+        # those that come from now on are refused as the socket closes.
+        loop.call_later(0.02, server.close)
         self.hang_up()
 
     def hang_up(self) -> None:
@@ -169,6 +174,8 @@ class Archive:
     ) -> tuple[AssociateAccept, dict[int, Context]] | AssociateReject:
         self.requests += 1
         self.open.add(association)
+        if self.dead:
+            self.hang_up()
         try:
             if (rejection := self.admit()) is not None:
                 self.open.discard(association)
