@@ -81,8 +81,8 @@ def sizes(*, quick: bool, full: bool) -> Sizes:
     pixels = 512 * 512 * 2
     return Sizes(
         ct=Study(10, "CT", 30 if quick else 300, pixels),
-        mr=Study(11, "MR", 100 if quick else 1000, 128 * 128 * 2),
-        crowd=tuple(Study(20 + at, "CT", 10 if quick else 100, pixels) for at in range(16)),
+        mr=Study(11, "MR", 50 if quick else 1000, 128 * 128 * 2),
+        crowd=tuple(Study(20 + at, "CT", 4 if quick else 100, pixels) for at in range(16)),
         find_studies=6 if quick else 40,
         memory_bytes=(20 if quick else 2000 if full else 300) * 1_000_000,
         rounds=1 if quick else None,
@@ -124,6 +124,7 @@ class BenchProxy(Proxy):
     def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
         directory.mkdir(parents=True)
         super().__init__(directory, settings)
+        self.fetched_studies: set[str] = set()
 
     def cpu_seconds(self) -> float:
         """Return the processor time that it has used so far, all threads."""
@@ -133,14 +134,16 @@ class BenchProxy(Proxy):
         return (int(fields[11]) + int(fields[12])) / _TICKS
 
     async def evict(self, *studies: Study) -> None:
-        """Have it forget studies.
+        """Have it forget studies; those it was never asked for cost no time.
 
         Raises:
             WrongOutcome: it does not.
         """
         async with asyncio.TaskGroup() as group:
             for study in studies:
-                group.create_task(self._evict(study.study_instance_uid), name="evict")
+                uid = study.study_instance_uid
+                if uid in self.fetched_studies:
+                    group.create_task(self._evict(uid), name="evict")
 
     async def _evict(self, study_instance_uid: str) -> None:
         requests = self.cache_directory / "requests"
@@ -480,6 +483,7 @@ class Stage:
         **more: Any,
     ) -> dict[str, Any]:
         """Retrieve through the proxy."""
+        proxy.fetched_studies.update(study.study_instance_uid for study in studies)
         return await self.retrieve(proxy.port, PROXY, studies, titles, **more)
 
 
