@@ -9,7 +9,8 @@ What must hold, whatever is done to the region:
 * an operation that nobody cancelled is not cancelled, and none is silent for long.
 
 What holds only while nothing is done to the workstation itself: the counts are
-those of what arrived, and nothing arrives twice.
+those of what arrived (where the proxy delivers, or all went well), and nothing
+arrives twice.
 """
 
 from __future__ import annotations
@@ -359,8 +360,8 @@ class Workstation:
         if not answer.failed_list <= retrieve.expected:
             wrong.append("a failed instance is listed that was not asked for")
         if undisturbed:
-            # The local PACS, told to stop, may have sent one more that was not counted yet.
-            counted = not (retrieve.relayed and answer.status == 0xFE00)
+            # The local PACS, told to stop or dead, may have sent one that it never counted.
+            counted = not retrieve.relayed or answer.status == 0x0000
             if counted and answer.completed + answer.warning != len(arrived):
                 wrong.append("the final counts are not those of what arrived")
             if arrived and max(arrived.values()) > 1:
