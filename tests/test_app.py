@@ -314,8 +314,9 @@ async def test_draining_does_not_wait_for_ever(
     assert len(log_watch.named("draining_aborted")) == (0 if obeys else 1)
 
 
-async def test_second_signal_ends_the_grace_period(file: File) -> None:
+async def test_second_signal_ends_the_grace_period(tmp_path: Path) -> None:
     """Who asks twice means it: what is under way is cancelled at once."""
+    file = File(tmp_path, proxy={"shutdown_grace": "600s"})
     application = await file.application()
     await application.start()
     running_ = asyncio.create_task(application.run())

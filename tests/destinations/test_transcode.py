@@ -154,6 +154,18 @@ def test_words_of_big_endian_are_turned_around() -> None:
     assert after[0x00283010].value[0][0x00281201].value == b"\x01\x02\x03\x04"
 
 
+@pytest.mark.parametrize(("syntax", "expected"), [(JPEG, "01"), (JPEG_LOSSLESS, None)])
+def test_loss_is_never_forgotten(syntax: str, expected: str | None) -> None:
+    """What was compressed with loss says so once decoded, though its source did not."""
+    file = next(one for one in DECODABLE if one.transfer_syntax_uid == syntax)
+    silent = read(file.data_set_bytes(), file.sop_class_uid, syntax)
+    for keyword in ("LossyImageCompression", "LossyImageCompressionMethod"):
+        if keyword in silent:
+            delattr(silent, keyword)
+    made = transcode(data_set_bytes(silent), file.sop_class_uid, syntax, EXPLICIT)
+    assert read(made, file.sop_class_uid, EXPLICIT).get("LossyImageCompression") == expected
+
+
 def test_no_pixels_no_decoding() -> None:
     """A document in a compressed syntax has nothing to decode, and is written anew all the same."""
     report = instance(1, transfer_syntax_uid=RLE)

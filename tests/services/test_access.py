@@ -34,6 +34,8 @@ CONTROL = AccessControl(
         KnownPeer("SHARED", (ip_network("10.3.0.0/16"),)),
         KnownPeer("TWICE"),
         workstation("TWICE"),
+        workstation("TWICE_OVER"),
+        KnownPeer("TWICE_OVER"),
         workstation("PROXY_TOO"),
     ],
     [
@@ -60,6 +62,7 @@ CONTROL = AccessControl(
         ("SHARED", "10.2.0.1", True, True, ()),
         ("SHARED", "10.3.0.1", False, False, ()),
         ("TWICE", "10.9.9.9", True, True, ()),
+        ("TWICE_OVER", "10.9.9.9", True, True, ()),
         ("NORTHPACS", "10.9.0.4", True, False, ("north", LOCAL)),
         ("ANY TITLE", "10.8.3.4", True, False, ("south",)),
         ("ANYWHERE", "10.8.3.4", True, True, ("south",)),

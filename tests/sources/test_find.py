@@ -337,6 +337,34 @@ async def test_association_that_died_in_the_pool_is_replaced() -> None:
         assert at.archive.health().breaker == "closed"
 
 
+async def test_several_that_died_in_the_pool_cost_one_more_association() -> None:
+    """The second try does not take another idle one, which is likely to be as dead."""
+    gate, asked = asyncio.Event(), asyncio.Semaphore(0)
+    pooled: list[Association] = []
+    dying = False
+
+    async def handle(association: Association, message: Message) -> None:
+        if dying and association in pooled:
+            association.abort()
+            return
+        pooled.append(association)
+        asked.release()
+        await gate.wait()
+        await answers(row("1.1"))(association, message)
+
+    async with asking(StandIn(handle), parallel_associations=4) as at:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(3):
+                group.create_task(at.find())
+            for _ in range(3):
+                await within(asked.acquire())
+            gate.set()
+        assert at.archive.pool.idle == 3
+        dying = True
+        assert len(await at.find()) == 1
+        assert len(at.peer.associations) == 4
+
+
 @pytest.mark.parametrize("rows_before", [0, 1])
 async def test_fresh_or_answering_association_that_breaks_is_a_failure(rows_before: int) -> None:
     """Only a dead one is replaced: a question is not asked twice of an archive that aborts it."""
@@ -503,6 +531,26 @@ async def test_probe_given_up_leaves_the_breaker_to_the_next() -> None:
         await within(hold.wait())
         assert at.archive.health().breaker == "open"
         assert await at.find(study(interactive=True)) == []
+        assert at.archive.health().breaker == "closed"
+
+
+async def test_probe_given_up_after_an_answer_closes_the_breaker() -> None:
+    """Whoever has seen a row has seen that the archive is alive."""
+    broken = True
+
+    async def admit(_request: AssociateRequest) -> AssociateReject | None:
+        return REJECT_CALLED if broken else None
+
+    async def handle(association: Association, message: Message) -> None:
+        await send_pending(association, message, row("1.1"))
+        await cancelled(association, message)
+
+    async with asking(StandIn(handle, admit=admit), breaker_failures=1) as at:
+        with pytest.raises(SourceError):
+            await at.find()
+        broken = False
+        async with aclosing(at.source.find(study(interactive=True))) as rows:
+            await first(rows)
         assert at.archive.health().breaker == "closed"
 
 
