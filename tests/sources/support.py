@@ -18,8 +18,8 @@ from tests.dimse_edge.harness import layer_left_clean, until
 from tests.sentinel import PATIENT_ID as SENTINEL_ID
 from tests.support.stand_in import SECONDS, StandIn, serving
 
-SHORT: Final = 0.15
-"""Seconds: a deadline that is meant to pass."""
+SHORT: Final = 0.4
+"""Seconds: a deadline that is meant to pass, though not before an association is there."""
 
 
 class Arrived:
