@@ -28,8 +28,8 @@ class Report:
     """Warnings and errors in the proxy's log, by event."""
     instances: int = 0
     bytes: int = 0
-    disturbed: int = 0
-    """Instances that broke off in the middle, for want of a workstation or by its own doing."""
+    deliveries: Counter[str] = field(default_factory=Counter)
+    """Associations on which workstations received, by how they ended."""
     _query_seconds: list[float] = field(default_factory=list)
     _queries: int = 0
 
@@ -65,7 +65,9 @@ class Report:
         figures = {
             "instances verified": f"{self.instances:,}",
             "bytes verified": f"{self.bytes / 1e6:,.0f} MB",
-            "deliveries broken off": f"{self.disturbed:,}",
+            "associations of deliveries": ", ".join(
+                f"{outcome} {count:,}" for outcome, count in sorted(self.deliveries.items())
+            ),
             "query time p50 / p95": " / ".join(
                 f"{1000 * percentile(self._query_seconds, share):.0f} ms" for share in (0.5, 0.95)
             ),

@@ -49,7 +49,7 @@ class Watch:
         self._descriptors: list[int] = []
         self._log_offset = 0
         self._sockets = 0
-        self._tasks = 0.0
+        self._tasks = self._last_tasks = 0.0
 
     # ------------------------------------------------------------------- during
 
@@ -160,8 +160,9 @@ class Watch:
             )
             if metrics.get(name, 0)
         ]
-        if (tasks := metrics.get("dicomproxy_tasks", 0)) > self._tasks:
-            left.append(f"{tasks - self._tasks:g} tasks")
+        self._last_tasks = metrics.get("dicomproxy_tasks", 0)
+        if self._last_tasks > self._tasks:
+            left.append(f"{self._last_tasks - self._tasks:g} tasks")
         names = self._open_files()
         sockets = sum(name.startswith("socket:") for name in names)
         if sockets > self._sockets:
@@ -190,6 +191,7 @@ class Watch:
         )
         if len(resident) >= _LEAST_SAMPLES:
             figures["resident memory, slope of the second half"] = f"{slope * 60 / 1e6:+.2f} MB/min"
+        figures["tasks first / last"] = f"{self._tasks:g} / {self._last_tasks:g}"
         figures["descriptors first / last"] = f"{self._descriptors[0]} / {self._descriptors[-1]}"
         if peak > _PEAK_BYTES:
             self._report.violation(f"memory peak {peak / 1e6:.0f} MB")

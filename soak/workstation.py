@@ -30,7 +30,7 @@ from pynetdicom.dsutils import decode, encode
 
 from dicomproxy.dimse.association import Association, BytesSink, Message, Sink
 from dicomproxy.dimse.command import Command, CommandField, Tag, cancel, request, response
-from dicomproxy.dimse.errors import AssociationError, AssociationTimeout
+from dicomproxy.dimse.errors import AssociationError, AssociationReleased, AssociationTimeout
 from dicomproxy.dimse.layer import Proposal, Target, UpperLayer
 from dicomproxy.dimse.listener import Listener
 from dicomproxy.dimse.negotiation import (
@@ -176,8 +176,10 @@ class Workstation:
                 await association.send(message.context, response(message.command, 0x0000))
         except AssociationTimeout:
             self._report.violation("a delivery's association stood idle for minutes")
+        except AssociationReleased:
+            self._report.deliveries["released"] += 1
         except AssociationError:
-            self._report.disturbed += association.protocol.paused or association.unfinished
+            self._report.deliveries["broken off"] += 1
         finally:
             self._receiving.discard(association)
 
