@@ -262,9 +262,19 @@ class AssociationPool:
                 self._idle_seconds, self._expire, association
             )
             self._idle.append((association, timer))
+        elif association.established and not self._closed:
+            self._tasks.spawn(self._release(association, purpose), name="release")
+            return
         else:
-            self._end(association)
+            association.abort()
         self._give_slot(purpose)
+
+    async def _release(self, association: Association, purpose: Purpose) -> None:
+        """Release, and only then give the slot: until then the peer counts it as one of ours."""
+        try:
+            await association.release(_RELEASE_SECONDS)
+        finally:
+            self._give_slot(purpose)
 
     def _expire(self, association: Association) -> None:
         self._idle = deque(entry for entry in self._idle if entry[0] is not association)
