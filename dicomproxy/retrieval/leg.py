@@ -428,10 +428,6 @@ class Leg:
             self._finest = Level.SERIES if order.level is Level.IMAGE else Level.STUDY
             self._flight.wake()
             return
-        if running.arrived and Level.IMAGE not in (order.level, self._finest):
-            # What it refused is known for certain, now that it took something coarser.
-            now = asyncio.get_running_loop().time()
-            self._flight.flights.pace(self.name).refuses_below(self._finest, now)
         if not self.verified and order.level is not Level.IMAGE:
             self._unsettled.append(running)  # what it should have brought will be known later
         missing = self._settle(running)
@@ -491,6 +487,11 @@ class Leg:
             if running.selection.covers(instance.series_instance_uid, uid):
                 running.arrived.add(uid)
                 running.order.arrived += 1
+                if Level.IMAGE not in (running.order.level, self._finest):
+                    # What it refused is known for certain, now that it took something
+                    # coarser. The flight may be over before the order is.
+                    now = asyncio.get_running_loop().time()
+                    self._flight.flights.pace(self.name).refuses_below(self._finest, now)
 
     def refused(self, sop_instance_uid: str, reason: str) -> None:
         """Note that an instance came and was not let in: it is not waited for again."""
