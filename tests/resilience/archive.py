@@ -71,7 +71,7 @@ class Order:
     instances: tuple[str, ...] = ()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Operation:
     message: Message
     cancelled: bool = False
@@ -123,7 +123,8 @@ class Archive:
         self.repeated = 0
         self.open: set[Association] = set()
         self.peak = 0
-        self.moving = 0
+        self.moving: set[object] = set()
+        """Retrieves that have not had their final response."""
         self.peak_moving = 0
         self.dead = False
         self._layer = UpperLayer()
@@ -227,12 +228,12 @@ class Archive:
                 case CommandField.C_FIND_RQ:
                     await self._find(association, operation)
                 case CommandField.C_MOVE_RQ | CommandField.C_GET_RQ:
-                    self.moving += 1
-                    self.peak_moving = max(self.peak_moving, self.moving)
+                    self.moving.add(operation)
+                    self.peak_moving = max(self.peak_moving, len(self.moving))
                     try:
                         await self._retrieve(association, operation)
                     finally:
-                        self.moving -= 1
+                        self.moving.discard(operation)
                 case _:
                     await send_final(association, operation.message)
         except Died:
@@ -334,6 +335,7 @@ class Archive:
             await self.at("stored")
         self._last.pop(association, None)
         await self.at("final")
+        self.moving.discard(operation)
         _, done, bad = self.counts((0, completed, failed))
         status = 0x0000 if not failed else 0xB000 if completed else 0xA702
         await send_final(

@@ -56,13 +56,13 @@ async def peers(
     archives: Sequence[Archive],
     readings: Sequence[Reading],
     *,
-    ports: Sequence[int] = (),
+    distant: int = 0,
     **more: Any,
 ) -> AsyncIterator[tuple[Archive, dict[str, Any]]]:
     """Start everybody but the proxy; the local PACS, which holds nothing, and a configuration.
 
     Args:
-        ports: where the proxy is to look for the archives, if not where they are.
+        distant: the port at which the proxy is to look for the first archive, if not its own.
         more: keys by section or source.
     """
     local = Archive("LOCALPACS")
@@ -70,7 +70,9 @@ async def peers(
         for peer in (local, *archives, *readings):
             await peer.start()
             stack.push_async_callback(peer.stop)
-        places = ports or [archive.port for archive in archives]
+        places = [archive.port for archive in archives]
+        if distant:
+            places[0] = distant
         content = configuration(
             directory,
             pacs=("LOCALPACS", "127.0.0.1", local.port),
