@@ -91,7 +91,9 @@ async def _soak(made: Region, options: Options, report: Report) -> None:
             group.create_task(faults.run(until), name="faults")
         if made.proxy.running:
             await asyncio.sleep(_RECOVERY_SECONDS)
+            began = loop.time()
             await _calm(made.plan, workstations, report, random.Random(options.seed))
+            report.figures["every study found and opened in"] = f"{loop.time() - began:.1f} s"
     finally:
         progress.cancel()
         watching.cancel()

@@ -135,13 +135,16 @@ class Watch:
 
     async def judge_at_rest(self, seconds: float) -> None:
         """Look for what is left once every peer has gone; wait *seconds* for it to go."""
-        deadline = asyncio.get_running_loop().time() + seconds
+        began = asyncio.get_running_loop().time()
+        deadline = began + seconds
         while left := await self._left():
             if asyncio.get_running_loop().time() > deadline:
                 for text in left:
                     self._report.violation(f"left at the end: {text}")
                 break
             await asyncio.sleep(0.2)
+        took = asyncio.get_running_loop().time() - began
+        self._report.figures["at rest after"] = f"{took:.1f} s"
         self._descriptors.append(len(self._open_files()))
         self._judge_memory()
 
