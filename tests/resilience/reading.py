@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dicomproxy.dataset.identifier import Identifier
 from dicomproxy.dataset.levels import QUERY_RETRIEVE_LEVEL, STUDY_INSTANCE_UID
-from dicomproxy.dimse.association import Association, BytesSink, Message, Sink
+from dicomproxy.dimse.association import Association, BytesSink, Message
 from dicomproxy.dimse.command import Command, CommandField, Tag, cancel, request, response
 from dicomproxy.dimse.errors import AssociationError
 from dicomproxy.dimse.layer import Proposal, Target, UpperLayer
@@ -50,7 +50,6 @@ class Reading:
         self.admit: Callable[[], AssociateReject | None] = lambda: None
         self.at: Callable[[str, Association], Awaitable[None]] = _nothing
         self.supported: Callable[[str], Supported | None] = anything()
-        self.sink: Callable[[], Sink] = lambda: BytesSink(_LARGEST_BYTES)
         # What happened.
         self.arrived: dict[str, bytes] = {}
         self.times: Counter[str] = Counter()
@@ -77,7 +76,7 @@ class Reading:
         self.requests += 1
         if (rejection := self.admit()) is not None:
             return rejection
-        association.sink_for = lambda *_: self.sink()
+        association.sink_for = lambda *_: BytesSink(_LARGEST_BYTES)
         outcome = negotiate(asked, self.supported)
         return acceptance(asked, outcome, max_length=65536), outcome.contexts
 

@@ -1,0 +1,192 @@
+"""Workstations that stall, refuse or vanish: their neighbours notice nothing, none is lied to."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from dicomproxy.destinations import workstation as destinations
+from dicomproxy.dimse.association import Association
+from dicomproxy.dimse.pdu import REJECT_CONGESTION, AssociateReject
+from tests.resilience.archive import Archive
+from tests.resilience.reading import Reading
+from tests.resilience.region import assert_true, assert_whole, region, uid_of, uids
+from tests.support.datasets import instance, study
+from tests.support.stand_in import SECONDS
+
+MR = "1.2.840.10008.5.1.4.1.1.4"
+
+
+async def test_one_that_stops_reading(tmp_path: Path) -> None:
+    """Its delivery ends by itself and says what is missing; another gets the study meanwhile."""
+    held = study(1, 3, rows=2048, columns=2048)
+    north = Archive("NORTH", held)
+    stuck, other = Reading("READING1"), Reading("READING2")
+    paused: set[Association] = set()
+
+    async def pause(_phase: str, association: Association) -> None:
+        association.protocol.pause()
+        paused.add(association)
+
+    stuck.at = pause
+    timers = {"timers": {"stall": "500ms", "response": "60s"}}
+    async with (
+        region(tmp_path, north, readings=[stuck, other], proxy=timers),
+        asyncio.TaskGroup() as group,
+    ):
+        moving = group.create_task(stuck.move(uid_of(held)))
+        async with asyncio.timeout(SECONDS):
+            while not paused:  # noqa: ASYNC110  (set by the association, which has no event)
+                await asyncio.sleep(0)
+        answer = await other.move(uid_of(held))
+        assert not moving.done()
+        assert_whole(answer, other, north)
+
+        answer = await moving
+        assert (answer.status, answer.completed, answer.failed) == (0xA702, 0, len(held))
+        assert set(answer.listed) == uids(held)
+        assert set(north.sent.values()) == {1}
+        for association in paused:
+            association.protocol.close_now()
+
+
+async def test_one_that_does_not_answer(tmp_path: Path) -> None:
+    """The same, where it has read everything and says nothing."""
+    held = study(1, 3)
+    north = Archive("NORTH", held)
+    mute, other = Reading("READING1"), Reading("READING2")
+    asked, over = asyncio.Event(), asyncio.Event()
+
+    async def say_nothing(phase: str, _association: Association) -> None:
+        if phase == "instance":
+            asked.set()
+            await over.wait()
+
+    mute.at = say_nothing
+    timers = {"timers": {"response": "500ms"}}
+    async with (
+        region(tmp_path, north, readings=[mute, other], proxy=timers),
+        asyncio.TaskGroup() as group,
+    ):
+        moving = group.create_task(mute.move(uid_of(held)))
+        async with asyncio.timeout(SECONDS):
+            await asked.wait()
+        assert_whole(await other.move(uid_of(held)), other, north)
+
+        answer = await moving
+        assert (answer.status, answer.completed, answer.failed) == (0xA702, 0, len(held))
+        over.set()
+
+
+async def test_one_that_takes_one_association_only(tmp_path: Path) -> None:
+    """What needs a second one takes turns with the first, and all of it arrives."""
+    held = study(2, 2)
+    study_uid = uid_of(held)
+    others = [
+        instance(number, study_instance_uid=study_uid, sop_class_uid=MR, Modality="MR")
+        for number in (1, 2)
+    ]
+    everything = [held[0], others[0], *held[1:], others[1]]
+    north = Archive("NORTH", everything)
+    single = Reading("READING1", max_associations=1)
+    async with region(tmp_path, north, readings=[single]):
+        answer = await single.move(study_uid)
+
+        assert_whole(answer, single, north)
+        assert single.peak == 1
+        assert single.requests > 1
+
+
+async def test_one_that_rejects_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked again until it accepts; meanwhile another has had the study."""
+    monkeypatch.setattr(destinations, "_RETRY_PAUSE_SECONDS", 0.02)
+    held = study(1, 3)
+    north = Archive("NORTH", held)
+    busy, other = Reading("READING1"), Reading("READING2")
+    rejected, ready = asyncio.Event(), asyncio.Event()
+
+    def turn_away() -> AssociateReject | None:
+        rejected.set()
+        return None if ready.is_set() else REJECT_CONGESTION
+
+    busy.admit = turn_away
+    async with (
+        region(tmp_path, north, readings=[busy, other]),
+        asyncio.TaskGroup() as group,
+    ):
+        moving = group.create_task(busy.move(uid_of(held)))
+        async with asyncio.timeout(SECONDS):
+            await rejected.wait()
+        assert_whole(await other.move(uid_of(held)), other, north)
+        assert not moving.done()
+        ready.set()
+
+        assert_whole(await moving, busy, north)
+        assert set(north.sent.values()) == {1}
+
+
+@pytest.mark.parametrize("leaves", [1, 2])
+async def test_one_that_goes_away(tmp_path: Path, leaves: int) -> None:
+    """It gets the rest if it is back at once; gone twice, the rest is failed by its UID."""
+    held = study(1, 5)
+    north = Archive("NORTH", held)
+    leaving, other = Reading("READING1"), Reading("READING2")
+    left = 0
+
+    async def leave(phase: str, association: Association) -> None:
+        nonlocal left
+        if phase == "instance" and len(leaving.arrived) == left + 1 and left < leaves:
+            left += 1
+            association.protocol.close_now()
+            await association.receive(SECONDS)  # raises: it is over
+
+    leaving.at = leave
+    async with region(tmp_path, north, readings=[leaving, other]) as here:
+        async with asyncio.TaskGroup() as group:
+            moving = group.create_task(leaving.move(uid_of(held)))
+            bystander = group.create_task(other.move(uid_of(held)))
+
+        assert_whole(bystander.result(), other, north)
+        if leaves == 1:
+            assert_whole(moving.result(), leaving, north)
+        else:
+            assert_true(moving.result(), leaving, uids(held))
+            assert moving.result().completed == 2
+        assert set(north.sent.values()) == {1}
+        assert here.reading.requests == 2
+
+
+async def test_one_that_accepts_nothing(tmp_path: Path) -> None:
+    """Every instance is failed, by its UID; another is delivered the same ones."""
+    held = study(1, 3)
+    north = Archive("NORTH", held)
+    choosy, other = Reading("READING1"), Reading("READING2")
+    choosy.supported = lambda _uid: None
+    async with region(tmp_path, north, readings=[choosy, other]):
+        async with asyncio.TaskGroup() as group:
+            refused = group.create_task(choosy.move(uid_of(held)))
+            taken = group.create_task(other.move(uid_of(held)))
+
+        assert_true(refused.result(), choosy, uids(held))
+        assert choosy.arrived == {}
+        assert_whole(taken.result(), other, north)
+
+
+async def test_one_that_is_not_there(tmp_path: Path) -> None:
+    """Nothing is delivered and nothing is claimed; another gets the study."""
+    held = study(1, 3)
+    north = Archive("NORTH", held)
+    absent, other = Reading("READING1"), Reading("READING2")
+    async with region(tmp_path, north, readings=[absent, other]):
+        absent._listener._server.close()  # type: ignore[union-attr]
+        async with asyncio.TaskGroup() as group:
+            refused = group.create_task(absent.move(uid_of(held)))
+            taken = group.create_task(other.move(uid_of(held)))
+
+        assert refused.result().status == 0xA702
+        assert refused.result().completed == 0
+        assert_whole(taken.result(), other, north)
