@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from dicomproxy.ports import CachedInstance
@@ -116,7 +116,9 @@ class Subscription:
             if self.outcome is not None:
                 self._finished = True
                 self._flight.count_hits(self._hits)
-                return self.outcome
+                # What came after nothing more was expected has been handed out.
+                failed = tuple(uid for uid in self.outcome.failed if uid not in self._served)
+                return replace(self.outcome, failed=failed)
             await self.news.wait()
 
     def _takes(self, instance: CachedInstance) -> bool:

@@ -358,6 +358,25 @@ async def test_undelivered_instances_are_failed_and_listed(
     assert world.audit.events[0].outcome == "partial"
 
 
+async def test_instance_that_comes_after_all_was_given_up_is_counted_once(build: Build) -> None:
+    """What a dead source had still sent is delivered, and is not among the failed as well."""
+    held = study(3)
+    north, late = Archive("north", held), f"{STUDY}.1.2"
+    north.withheld = {late}
+    world, workstation = build(north), Workstation()
+    world.know(north)
+    workstation.gate = asyncio.Event()
+    async with running(world.operation(workstation)) as task:
+        await until(lambda: len(north.orders) == 2)
+        await settle()
+        assert await north.send(held, f"{STUDY}.1", late) == 0x0000
+        workstation.gate.set()
+    outcome = task.result()
+    assert late in workstation.received
+    assert (outcome.completed, outcome.failed) == (3, 0)
+    assert outcome.failed_sop_instance_uids == ()
+
+
 async def test_failed_study_is_asked_for_again_after_the_pause(build: Build) -> None:
     """The pause ends; then the source may be asked again."""
     north = Archive("north", study(3))
