@@ -8,7 +8,8 @@ receiver; no figure of another day or machine is used.
     __main__      options, choice of rows, table on stdout, bench/results.json
     table         a row: what was measured, beside what, and the aim; pure
     data          the synthetic studies, made from a few lines and a pattern
-    stage         everything a row needs: peers, data, proxies, CPU time and memory
+    stage         everything a row needs: data, peers, proxies, routes
+    subjects      the proxy and Orthanc as processes; CPU time and memory
     receiving, retrieving, querying, bounds      the rows themselves
 
 Peers of the benchmark's own, each a process that is told what to do by lines of

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench import bounds, querying, receiving, retrieving
-from bench.stage import MissingPeer, Stage, sizes
+from bench.stage import Stage, sizes
+from bench.subjects import MissingPeer
 from bench.table import Failure, Row, render
 from dicomproxy import __version__
 
@@ -66,9 +67,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _usual_directory() -> Path:
     """Return a place in memory where there is room, so that it is not the disk that is measured.
 
-    ext4 looks at every inode of a group that was deleted within the last minutes
-    before it takes a free one: where many files come and go, as here, creating
-    one takes up to a hundred times longer, by turns for us and for the baseline.
+    ext4 looks at every inode of a group that was deleted lately before it takes a
+    free one: where many files come and go, as here, creating one takes up to a
+    hundred times longer, by turns for us and for the baseline.
     """
     memory = Path("/dev/shm")
     if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free >= _ROOM_BYTES:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bench.data import Study
-from bench.stage import Stage, measured
+from bench.stage import Stage
+from bench.subjects import measured
 from bench.table import Row, under_bytes
 
 _MEGABYTE = 1_000_000

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from bench.stage import PROXY, READING, BenchProxy, Stage, WrongOutcome, measured
+from bench.stage import PROXY, READING, Stage
+from bench.subjects import BenchProxy, WrongOutcome, measured
 from bench.table import NO_AIM, Row, later_by
 
 _NAMES = ("LOCAL", "NORTH", "SOUTH")

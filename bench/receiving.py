@@ -6,7 +6,8 @@ import asyncio
 from typing import Any
 
 from bench.data import Study
-from bench.stage import BenchProxy, Stage, measured
+from bench.stage import Stage
+from bench.subjects import BenchProxy, measured
 from bench.table import Row, at_most, faster
 
 

@@ -11,18 +11,8 @@ import time
 from typing import Any
 
 from bench.data import Study
-from bench.stage import (
-    CAPPED,
-    CROWD,
-    FAR,
-    NEAR,
-    ORTHANC,
-    BenchProxy,
-    Route,
-    Stage,
-    WrongOutcome,
-    measured,
-)
+from bench.stage import CAPPED, CROWD, FAR, NEAR, ORTHANC, Route, Stage
+from bench.subjects import BenchProxy, WrongOutcome, measured
 from bench.table import Aim, Row, at_most, later_by, under_seconds
 
 _ROUND_TRIP = 2 * FAR.delay_seconds
