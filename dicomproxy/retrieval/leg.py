@@ -453,6 +453,8 @@ class Leg:
         """Tell whether an order below STUDY level was answered with nothing but a failure."""
         if running.order.level is Level.STUDY or running.arrived:
             return False
+        if final is not None and (final.failed or final.failed_sop_instance_uids):
+            return False  # it was understood: these instances could not be sent
         return failure is Failure.STATUS or (
             final is not None and final.status >> 12 in (0x0, 0xA, 0xC) and final.status != 0
         )
