@@ -4,7 +4,9 @@ A *slot* is the right to have one association; slots in use and idle
 associations together never exceed the ceiling. With a ceiling above one, one
 slot is kept for queries, so that a long retrieve cannot make them wait. Idle
 associations yield first. A peer that rejects transiently while others are in
-use lowers the ceiling for a while, and whoever asked waits for a slot.
+use lowers the ceiling for a while, and whoever asked waits for a slot. One that
+does so although nothing is in use is busy with others: a retrieve asks it again
+for some seconds, a query leaves it alone.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ _LOWERED_SECONDS: Final = 60.0
 _DRAIN_SECONDS: Final = 30.0
 _RELEASE_SECONDS: Final = 5.0
 _FAREWELL_SECONDS: Final = 1.0
+_BUSY_SECONDS: Final = 10.0
+_BUSY_PAUSE_SECONDS: Final = 0.5
 _ROUND_TRIPS: Final = 8
 _OUT_OF_RESOURCES: Final = 0xA700
 
@@ -160,6 +164,7 @@ class AssociationPool:
         Raises:
             AssociationError: none could be had in time.
         """
+        give_up = self._clock() + min(_BUSY_SECONDS, timeout_seconds)
         try:
             async with asyncio.timeout(timeout_seconds):
                 while True:
@@ -168,7 +173,14 @@ class AssociationPool:
                     if association is not None:
                         self._purposes[association] = purpose
                         return Lease(self, association, reused=True, pooled=True)
-                    lease = await self._request(purpose, proposal)
+                    try:
+                        lease = await self._request(purpose, proposal)
+                    except AssociationRejected as error:
+                        left = give_up - self._clock() - _BUSY_PAUSE_SECONDS
+                        if purpose is Purpose.QUERY or not error.rejection.transient or left <= 0:
+                            raise
+                        await asyncio.sleep(_BUSY_PAUSE_SECONDS)
+                        continue
                     if lease is not None:
                         return lease
         except TimeoutError:
