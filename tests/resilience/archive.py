@@ -110,6 +110,8 @@ class Archive:
         self.names_originator = True
         self.counts: Callable[[Counts], Counts] = lambda true: true
         self.choose: Callable[[list[Held]], list[Held]] = lambda wanted: wanted
+        self.lost: Collection[str] = ()
+        """Instances that are listed and cannot be sent: they count as failed."""
         self.final_status: int | None = None
         self.sends_pending = True
         # What happened.
@@ -287,6 +289,9 @@ class Archive:
         if message.command.field == CommandField.C_GET_RQ:
             await self._send(association, operation, association, wanted)
             return
+        if not wanted:
+            await send_final(association, message)
+            return
         port = self.destinations.get(message.command.move_destination)
         if port is None:
             await send_final(association, message, 0xA801)
@@ -320,6 +325,9 @@ class Archive:
             if operation.cancelled:
                 await send_final(association, message, 0xFE00, completed=completed, failed=failed)
                 return
+            if held.uid in self.lost:
+                failed += 1
+                continue
             await self.at("store")
             status = await self._store(operation, out, held)
             if status == 0x0000:

@@ -121,13 +121,16 @@ class Reading:
                 identifier.encode(context.transfer_syntax),
             )
             responses: list[Message] = []
-            async with asyncio.timeout(2 * SECONDS), asyncio.TaskGroup() as group:
-                if cancelled is not None:
-                    group.create_task(_cancel(association, context, cancelled))
-                while not responses or responses[-1].command.status in (0xFF00, 0xFF01):
-                    responses.append(await association.receive(SECONDS))
-                if cancelled is not None:
-                    cancelled.set()
+            cancelling = None
+            if cancelled is not None:
+                cancelling = asyncio.create_task(_cancel(association, context, cancelled))
+            try:
+                async with asyncio.timeout(2 * SECONDS):
+                    while not responses or responses[-1].command.status in (0xFF00, 0xFF01):
+                        responses.append(await association.receive(SECONDS))
+            finally:
+                if cancelling is not None:
+                    cancelling.cancel()
             await association.release(SECONDS)
             return responses
         finally:
@@ -178,8 +181,7 @@ def _the_study(study: str) -> Identifier:
 
 async def _cancel(association: Association, context: Context, wanted: asyncio.Event) -> None:
     await wanted.wait()
-    if association.established:
-        await association.send(context, cancel(1))
+    await association.send(context, cancel(1))
 
 
 async def _nothing(_phase: str, _association: Association) -> None:
