@@ -22,6 +22,8 @@ from typing import Any, Final, cast
 
 from bench.control import obey
 
+_TIMER_SECONDS: Final = 0.0005
+"""How much too soon bytes may be written: timers count whole milliseconds, rounded up."""
 _LEAST_QUEUED_BYTES: Final = 1024 * 1024
 _MOST_QUEUED_BYTES: Final = 16 * 1024 * 1024
 _QUICKACK: Final[int | None] = getattr(socket, "TCP_QUICKACK", None)
@@ -110,7 +112,7 @@ class End(asyncio.Protocol):
         target = self.other._transport
         while self._queue and target is not None and (self.other._writable or self.other.closed):
             due, data = self._queue[0]
-            if due > self._loop.time():
+            if due > self._loop.time() + _TIMER_SECONDS:
                 self._timer = self._loop.call_at(due, self.kick)
                 break
             self._queue.popleft()
