@@ -374,6 +374,7 @@ class Leg:
         failure: Failure | None = None
         final: RetrieveProgress | None = None
         self._flight.flights.order_started(self.name, order)
+        at_once = len(self._flight.flights.orders(self.name))
         try:
             async with closing(self.holder.source.retrieve(order)) as steps:
                 async for progress in steps:
@@ -387,12 +388,14 @@ class Leg:
             _log.error("flight_failed", source=self.name, **error_fields(error))
             failure = Failure.PROTOCOL
         finally:
+            at_once = max(at_once, len(self._flight.flights.orders(self.name)))
             self._flight.flights.order_ended(self.name, order)
             self._orders.remove(running)
         self._flight.flights.pace(self.name).observe(
             len(running.arrived),
             asyncio.get_running_loop().time() - started,
             self.holder.source.round_trip_seconds,
+            at_once,
         )
         self._ended(running, failure, final)
 

@@ -20,6 +20,7 @@ _USUAL_SECONDS: Final = 0.001
 _LEAST_SECONDS: Final = 0.0001
 _WEIGHT: Final = 0.3
 _FEWEST_MEASURED: Final = 5
+_SET_UP_ROUND_TRIPS: Final = 3  # the request, and an association back to us
 _REMEMBERED_SECONDS: Final = 3600.0
 
 
@@ -55,9 +56,16 @@ class Pace:
         """Remember, for an hour, that nothing below *level* need be tried."""
         self._finest, self._until = level, now + _REMEMBERED_SECONDS
 
-    def observe(self, instances: int, seconds: float, round_trip_seconds: float) -> None:
-        """Take an order into account that brought *instances* in *seconds*."""
+    def observe(
+        self, instances: int, seconds: float, round_trip_seconds: float, at_once: int = 1
+    ) -> None:
+        """Take an order into account that brought *instances* in *seconds*.
+
+        With *at_once* orders under way, what one instance seems to take is shared
+        by all of them, and would make us ask less the more we ask.
+        """
         if instances < _FEWEST_MEASURED:
             return  # mostly the setting up
-        seen = max(_LEAST_SECONDS, seconds / instances - round_trip_seconds)
+        moving = seconds - _SET_UP_ROUND_TRIPS * round_trip_seconds
+        seen = max(_LEAST_SECONDS, (moving / instances - round_trip_seconds) / max(1, at_once))
         self.seconds_per_instance += _WEIGHT * (seen - self.seconds_per_instance)

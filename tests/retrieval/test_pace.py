@@ -31,13 +31,16 @@ def test_orders_at_once(round_trip: float, per_instance: float, ceiling: int, or
 
 
 def test_pace_follows_what_instances_take() -> None:
-    """The round trip is not counted, and an order of a few says nothing."""
+    """Neither round trips nor what runs beside it are counted; a few instances say nothing."""
     pace = Pace()
     pace.observe(4, 400.0, 0.03)
     assert pace.seconds_per_instance == 0.001
     for _ in range(40):
-        pace.observe(100, 100 * 0.05, 0.03)
+        pace.observe(100, 3 * 0.03 + 100 * 0.05, 0.03)
     assert pace.seconds_per_instance == pytest.approx(0.02, rel=0.01)
+    for _ in range(40):
+        pace.observe(100, 3 * 0.03 + 100 * 0.05, 0.03, at_once=4)
+    assert pace.seconds_per_instance == pytest.approx(0.005, rel=0.01)
     for _ in range(80):
         pace.observe(100, 1.0, 0.03)  # faster than its round trip allows: it pipelines
     assert 0 < pace.seconds_per_instance < 0.001
