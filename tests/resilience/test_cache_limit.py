@@ -92,6 +92,48 @@ async def test_limit_is_kept_under_load(tmp_path: Path, log_watch: LogWatch) -> 
         assert not log_watch.named("instance_damaged")
 
 
+async def test_more_in_use_than_fits(tmp_path: Path) -> None:
+    """Nothing in use goes, and the limit stands: what does not fit is held in memory meanwhile."""
+    studies = [study(1, PER_STUDY, rows=128, columns=256) for _ in range(4)]
+    north = Archive("NORTH", [one for held in studies for one in held])
+    readings = [Reading(f"READING{number}") for number in range(1, 5)]
+    fetched = asyncio.Event()
+
+    async def hold(phase: str, _association: Association) -> None:
+        if phase == "instance":
+            async with asyncio.timeout(SECONDS):
+                await fetched.wait()
+
+    async def count(phase: str) -> None:
+        if len(north.acknowledged) == 4 * PER_STUDY:
+            fetched.set()
+
+    north.at = count
+    for reading in readings:
+        reading.at = hold
+    limit = 2 * PER_STUDY * INSTANCE_BYTES
+    async with region(tmp_path, north, readings=readings, cache={"max_size": f"{limit}B"}) as here:
+        async with asyncio.TaskGroup() as group:
+            moves = [
+                group.create_task(reading.move(uid_of(held)))
+                for reading, held in zip(readings, studies, strict=True)
+            ]
+            async with asyncio.timeout(SECONDS):
+                await fetched.wait()
+            store = here.application.store
+            on_disk = await asyncio.to_thread(
+                stored_bytes, here.application.settings.cache.directory
+            )
+            assert on_disk <= limit
+            assert store.stats().spooled_bytes > 0
+
+        for move, reading, held in zip(moves, readings, studies, strict=True):
+            assert (move.result().status, move.result().completed) == (0x0000, PER_STUDY)
+            assert set(reading.arrived) == uids(held)
+        assert set(north.sent.values()) == {1}
+        assert store.stats().bytes <= limit
+
+
 async def test_evicted_study_is_fetched_again(tmp_path: Path) -> None:
     """What had to go is whole the next time, too."""
     studies = [study(1, PER_STUDY, rows=128, columns=256) for _ in range(6)]
