@@ -6,6 +6,7 @@
 * ``archive``, ``threaded`` - archives, each a process of its own
 * ``region`` - starts peers and proxy, and knows how to hurt each
 * ``workstation`` - queries, opens, and checks every byte that arrives
+* ``reading`` - what people do at a workstation
 * ``faults`` - sources die and stall, workstations leave, the disk fills
 * ``watch`` - memory, descriptors, metrics and log of the proxy
 * ``report`` - counts, violations and the table

@@ -21,10 +21,11 @@ from typing import Final
 from dicomproxy.dimse.layer import Timers, UpperLayer
 from soak.content import Plan, Study
 from soak.faults import Faults
+from soak.reading import work
 from soak.region import Region, region
 from soak.report import Report
 from soak.watch import Watch
-from soak.workstation import Broken, Workstation, work
+from soak.workstation import Broken, Workstation
 
 _RECOVERY_SECONDS: Final = 10.0
 """Longer than a breaker's pause, a study's pause after it failed, and a lowered ceiling's probe."""
