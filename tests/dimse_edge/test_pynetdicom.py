@@ -16,6 +16,7 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE, evt
 from pynetdicom.dsutils import encode
 
+from dicomproxy.demo.peers import Entity
 from dicomproxy.dimse.association import Association, Message
 from dicomproxy.dimse.command import CommandField, request, response
 from dicomproxy.dimse.errors import AssociationRejected
@@ -214,7 +215,7 @@ async def test_our_listener_serves_its_requestor(ct_small: Dataset, max_length: 
         await association.send(message.context, response(message.command, 0x0000))
 
     def requestor(port: int) -> list[int]:
-        ae = AE("THIRD")
+        ae = Entity("THIRD")
         ae.add_requested_context(VERIFICATION)
         ae.add_requested_context(CT, ExplicitVRLittleEndian)
         association = ae.associate("127.0.0.1", port, ae_title="PROXY")
@@ -237,7 +238,7 @@ async def test_our_listener_notices_its_abort() -> None:
     """A-ABORT by pynetdicom ends the association here."""
 
     def requestor(port: int) -> None:
-        ae = AE("THIRD")
+        ae = Entity("THIRD")
         ae.add_requested_context(VERIFICATION)
         association = ae.associate("127.0.0.1", port)
         assert association.is_established
