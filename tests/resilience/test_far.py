@@ -42,7 +42,7 @@ async def far(
 @pytest.mark.parametrize("ceiling", [2, 4, 8])
 async def test_lists_are_fetched_in_parallel(tmp_path: Path, ceiling: int, retrieve: str) -> None:
     """As many retrieves at once as the ceiling allows beside queries, and each instance once."""
-    held = study(1, 42)
+    held = study(1, 21)
     north = Archive("NORTH", held)
     keys = {"parallel_associations": ceiling, "retrieve": retrieve}
     async with far(tmp_path, north, north=keys) as here:
@@ -101,18 +101,18 @@ async def test_ceiling_covers_all_studies_and_queries(tmp_path: Path) -> None:
 @pytest.mark.parametrize("refused", [{"IMAGE"}, {"IMAGE", "SERIES"}])
 async def test_lists_are_refused(tmp_path: Path, refused: set[str], retrieve: str) -> None:
     """It is then asked at the level that it takes, now and for other studies."""
-    first, second = study(2, 6), study(2, 6)
+    first, second = study(2, 3), study(2, 3)
     north = Archive("NORTH", [*first, *second])
     north.refuses_move = refused
     async with far(tmp_path, north, north={"retrieve": retrieve}) as here:
         answer = await here.reading.move(uid_of(first))
-        assert (answer.status, answer.completed) == (0x0000, 12)
+        assert (answer.status, answer.completed) == (0x0000, 6)
         assert set(north.sent.values()) == {1}
         north.orders.clear()
 
         answer = await here.reading.move(uid_of(second))
 
-        assert (answer.status, answer.completed) == (0x0000, 12)
+        assert (answer.status, answer.completed) == (0x0000, 6)
         assert not {order.level for order in north.orders} & refused
         assert set(north.sent.values()) == {1}
 
@@ -120,7 +120,7 @@ async def test_lists_are_refused(tmp_path: Path, refused: set[str], retrieve: st
 @MOVE_AND_GET
 async def test_one_association_only(tmp_path: Path, retrieve: str) -> None:
     """A far archive that takes no second association gives one list after the other."""
-    held = study(2, 6)
+    held = study(2, 3)
     north = Archive("NORTH", held, max_associations=1)
     async with far(tmp_path, north, north={"retrieve": retrieve}) as here:
         answer = await here.reading.move(uid_of(held))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dicomproxy.dimse import pool
 from dicomproxy.dimse.pdu import REJECT_CONGESTION, AssociateReject
 from tests.resilience.archive import Archive
 from tests.resilience.reading import Reading
@@ -100,8 +101,11 @@ async def test_an_open_breaker_is_probed_for_a_person(tmp_path: Path) -> None:
         assert_whole(await here.reading.move(uid_of(held)), here.reading, north)
 
 
-async def test_transient_rejections_for_a_while(tmp_path: Path) -> None:
+async def test_transient_rejections_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An archive that is busy for a moment, and not with us, is waited for."""
+    monkeypatch.setattr(pool, "_BUSY_PAUSE_SECONDS", 0.02)
     held = study(1, 3)
     north = Archive("NORTH", held)
     async with region(tmp_path, north) as here:
