@@ -154,19 +154,13 @@ def knows(directory: Path, study_instance_uid: str) -> bool:
 
 async def test_strangers_are_rejected_with_the_reason(proxy: Proxy) -> None:
     """An unknown calling title, and a title that is not ours (PS3.8 9.3.4)."""
-
-    def reject(calling: str, called: str) -> tuple[Any, ...]:
-        entity = AE(calling)
-        entity.acse_timeout = entity.network_timeout = 10
-        entity.add_requested_context("1.2.840.10008.1.1")
-        association = entity.associate("127.0.0.1", proxy.port, ae_title=called)
-        assert association.is_rejected
-        primitive = association.acceptor.primitive
-        assert primitive is not None
-        return primitive.result, primitive.result_source, primitive.diagnostic
-
-    assert await asyncio.to_thread(reject, "STRANGER", PROXY_TITLE) == (1, 1, 3)
-    assert await asyncio.to_thread(reject, "READING1", "SOMEBODY") == (1, 1, 7)
+    stranger = await echoscu(proxy.port, calling="STRANGER", called=PROXY_TITLE)
+    assert stranger.rejected
+    assert "Result: Rejected Permanent, Source: Service User" in stranger.output
+    assert "Reason: Calling AE Title Not Recognized" in stranger.output
+    astray = await echoscu(proxy.port, calling="READING1", called="SOMEBODY")
+    assert astray.rejected
+    assert "Reason: Called AE Title Not Recognized" in astray.output
     reasons = [line["reason"] for line in proxy.named("association_rejected")]
     assert len(reasons) == 2
     known = await echoscu(proxy.port, calling="READING1", called=PROXY_TITLE)
