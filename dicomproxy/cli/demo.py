@@ -17,7 +17,6 @@ from dicomproxy.demo.region import DemoFailed, Region
 
 _SUCCESS: Final = 0x0000
 _WIDTH: Final = 110
-_ENDS: Final = frozenset({signal.SIGINT, signal.SIGTERM})
 
 
 def run(*, keep: bool = False) -> int:
@@ -25,9 +24,9 @@ def run(*, keep: bool = False) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDTH)  # what reads a pipe does not wrap
-    if keep:
-        # Waited for below; unblocked they would end this process and leave the proxy.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
+    # Ended like by Ctrl-C, so that the proxy's process never stays behind. Not
+    # by a blocked signal: the proxy would inherit that, and not hear its own.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with Region(keep=keep) as region:
             _introduce(console, region)
@@ -39,6 +38,8 @@ def run(*, keep: bool = False) -> int:
                 raise DemoFailed(f"the proxy exited with {code}")
     except (DemoFailed, ConnectionError) as error:
         console.print(f"[bold red]Failed:[/] {error}")
+        return 1
+    except KeyboardInterrupt:
         return 1
     console.print("\n[bold green]Everything arrived exactly as it was stored.[/]")
     return 0
@@ -159,16 +160,20 @@ def _compare(region: Region, wanted: dict[str, Dataset], status: int, completed:
 
 
 def _leave_running(console: Console, region: Region) -> None:
-    console.print(
-        "[bold]Left running.[/] Point a workstation at it:\n"
-        f"  call    {region.proxy.ae_title} at {region.proxy.host}, port {region.proxy.port}\n"
-        f"  call as {region.viewer.ae_title}, and receive on port {region.viewer.port}\n"
-        f"  query   Patient ID {PATIENT_ID}\n"
-        f"  status  {region.web}/\n"
-        f"  log     {region.log_file}\n\n"
-        f"  findscu -aet {region.viewer.ae_title} -aec {region.proxy.ae_title} -S "
-        f"-k QueryRetrieveLevel=STUDY -k PatientID={PATIENT_ID} -k StudyInstanceUID "
-        f"-k StudyDescription {region.proxy.host} {region.proxy.port}\n\n"
-        "Ctrl-C ends it."
-    )
-    signal.sigwait(_ENDS)
+    try:
+        console.print(
+            "[bold]Left running.[/] Point a workstation at it:\n"
+            f"  call    {region.proxy.ae_title} at {region.proxy.host}, port {region.proxy.port}\n"
+            f"  call as {region.viewer.ae_title}, and receive on port {region.viewer.port}\n"
+            f"  query   Patient ID {PATIENT_ID}\n"
+            f"  status  {region.web}/\n"
+            f"  log     {region.log_file}\n\n"
+            f"  findscu -aet {region.viewer.ae_title} -aec {region.proxy.ae_title} -S "
+            f"-k QueryRetrieveLevel=STUDY -k PatientID={PATIENT_ID} -k StudyInstanceUID "
+            f"-k StudyDescription {region.proxy.host} {region.proxy.port}\n\n"
+            "Ctrl-C ends it."
+        )
+        while True:
+            signal.pause()
+    except KeyboardInterrupt:
+        pass

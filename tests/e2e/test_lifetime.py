@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -358,6 +359,30 @@ async def test_a_second_proxy_on_the_same_cache_does_not_start(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_demo_that_is_kept_ends_when_told(tmp_path: Path, number: signal.Signals) -> None:
+    """It says where to point a workstation, waits, and leaves no proxy behind."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "dicomproxy", "demo", "--keep"),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        cwd=tmp_path,
+    )
+    try:
+        assert process.stdout is not None
+        text = ""
+        async with asyncio.timeout(100):
+            while "Ctrl-C ends it." not in text:
+                text += (await process.stdout.readline()).decode("utf-8")
+            assert "DICOMPROXY at 127.0.0.1, port" in text
+            process.send_signal(number)
+            assert await process.wait() == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
 async def test_demo_runs_to_its_end(tmp_path: Path) -> None:
     """The embedded region shows the main job and compares what arrived with what was stored."""
     code, output = await command("demo", directory=tmp_path, seconds=100)
