@@ -6,6 +6,7 @@ import asyncio
 import re
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -216,7 +217,7 @@ def _responses(output: str) -> tuple[Response, ...]:
     return tuple(responses)
 
 
-class _Scp:
+class _Scp(ABC):
     """A DCMTK server process in a directory of its own."""
 
     program = ""
@@ -248,7 +249,7 @@ class _Scp:
             raise
         return self
 
-    async def _prepare(self) -> None:
+    async def _prepare(self) -> None:  # noqa: B027  (most programs need nothing)
         """Do what must be done once before the program starts."""
 
     async def __aexit__(self, *_: object) -> None:
@@ -268,8 +269,9 @@ class _Scp:
             self.port = 0
         raise PeerFailed(f"{self.program} does not start")
 
+    @abstractmethod
     def arguments(self) -> list[str]:
-        raise NotImplementedError
+        """Return what the program is started with."""
 
     def kill(self) -> None:
         """End at once; :meth:`start` brings it back on the same port."""
@@ -351,7 +353,7 @@ class Dcmqrscp(_Scp):
         self.storage = self.directory / "storage"
         self.storage.mkdir()
 
-    async def _prepare(self) -> None:
+    async def _prepare(self) -> None:  # noqa: B027  (most programs need nothing)
         files = [
             self._keep(instance, self.storage / f"held{number:05d}.dcm")
             for number, instance in enumerate(self._instances)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Final, Literal, Self
 
@@ -38,7 +39,7 @@ Root = Literal["P", "S"]
 Service = Literal["find", "move", "get", "store"]
 
 
-class Entity:
+class Entity(ABC):
     """A pynetdicom AE that serves from ``async with`` to the end of the block."""
 
     def __init__(self, ae_title: str) -> None:
@@ -135,11 +136,13 @@ class Entity:
         with self.lock:
             self.associations += 1
 
+    @abstractmethod
     def make_entity(self) -> AE:
-        raise NotImplementedError
+        """Return the application entity with the contexts it supports."""
 
+    @abstractmethod
     def handlers(self) -> list[tuple[Any, Callable[[Any], Any]]]:
-        raise NotImplementedError
+        """Return what answers each event."""
 
 
 def new_entity(ae_title: str) -> AE:
