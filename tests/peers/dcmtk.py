@@ -353,7 +353,7 @@ class Dcmqrscp(_Scp):
         self.storage = self.directory / "storage"
         self.storage.mkdir()
 
-    async def _prepare(self) -> None:  # noqa: B027  (most programs need nothing)
+    async def _prepare(self) -> None:
         files = [
             self._keep(instance, self.storage / f"held{number:05d}.dcm")
             for number, instance in enumerate(self._instances)
