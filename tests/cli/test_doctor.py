@@ -246,7 +246,7 @@ class Offering(Entity):
             entity.add_supported_context(sop_class, UNCOMPRESSED)
         return entity
 
-    def _all_handlers(self) -> list[Any]:
+    def handlers(self) -> list[Any]:
         return [(evt.EVT_C_ECHO, lambda event: self.echo)]
 
 
