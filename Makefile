@@ -82,7 +82,7 @@ peers:
 lock: $(READY) ## lock dependencies anew (UPGRADE=--upgrade for newer versions)
 	@options="--quiet --generate-hashes --strip-extras --no-header --no-emit-index-url \
 	  --no-emit-trusted-host --no-emit-find-links $(UPGRADE)"; \
-	$(BIN)/pip-compile $$options --extra uvloop --extra pixels \
+	$(BIN)/pip-compile $$options --extra uvloop --extra isal --extra pixels \
 	  --output-file requirements.lock pyproject.toml; \
 	$(BIN)/pip-compile $$options --allow-unsafe --extra dev --constraint requirements.lock \
 	  --output-file requirements-dev.lock pyproject.toml

@@ -59,6 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 HOMES: dict[str, set[str]] = {
     "aiohttp": {"web"},
     "diskcache": {"cache"},
+    "isal": {"cache"},
     "numpy": set(),
     "prometheus_client": BASE | EDGES | {"dimse", "query", "retrieval"},
     "pydantic": {"config"},

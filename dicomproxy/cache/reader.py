@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Final
 
+from dicomproxy.cache.checksum import crc32
 from dicomproxy.cache.vectors import MOST_BUFFERS, skip
 from dicomproxy.ports import CachedInstance
 
@@ -72,7 +72,7 @@ def _crc32(fd: int, offset: int) -> int | None:
     crc = 0
     try:
         while count := os.preadv(fd, [buffer], offset):
-            crc = zlib.crc32(buffer[:count], crc)
+            crc = crc32(buffer[:count], crc)
             offset += count
     except OSError:
         return None
