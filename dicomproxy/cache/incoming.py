@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import errno
 import os
-import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Final
 
+from dicomproxy.cache.checksum import crc32
 from dicomproxy.cache.keeper import Keeper
-from dicomproxy.cache.layout import delete, instance_name
+from dicomproxy.cache.layout import instance_name
 from dicomproxy.cache.lease import Lease
 from dicomproxy.cache.room import NO_SPACE
 from dicomproxy.cache.studies import Contents, Study
@@ -51,7 +50,7 @@ class IncomingInstance:
         self._transfer_syntax_uid = transfer_syntax_uid
         self._source = source
         # Of the writer thread:
-        self._path: Path | None = None
+        self._path: str | None = None
         self._fd = -1
         self._head = b""
         self._written = 0
@@ -96,7 +95,7 @@ class IncomingInstance:
             return
         size = 0
         for segment in segments:
-            self._crc32 = zlib.crc32(segment, self._crc32)
+            self._crc32 = crc32(segment, self._crc32)
             size += segment.nbytes
         self._size += size
         if self._memory is not None:
@@ -133,11 +132,11 @@ class IncomingInstance:
 
     def _begin(self) -> None:
         self._keeper.arriving.add(self)
-        path = self._keeper.layout.incoming / f"{self._room.new_name()}.part"
+        path = f"{self._keeper.layout.incoming}/{self._room.new_name()}.part"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._room.with_room(lambda: self._open(path, flags))
 
-    def _open(self, path: Path, flags: int) -> None:
+    def _open(self, path: str, flags: int) -> None:
         self._fd = os.open(path, flags, 0o600)
         self._path = path
 
@@ -297,7 +296,9 @@ class IncomingInstance:
         if self._path is not None:
             path, self._path = self._path, None
             try:
-                delete(path)
+                os.unlink(path)
+            except FileNotFoundError:
+                pass
             except OSError as error:
                 self._room.not_recorded("not_deleted", error)
         self._room.incoming_bytes -= self._written

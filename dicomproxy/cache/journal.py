@@ -25,6 +25,7 @@ from dicomproxy.ports import CachedInstance
 
 _VERSION: Final = 1
 _PREFIX_BYTES: Final = 9
+_encode: Final = json.JSONEncoder(separators=(",", ":")).encode
 
 _FIELDS: Final[tuple[tuple[str, type], ...]] = (
     ("sop_class_uid", str),
@@ -88,7 +89,7 @@ def pin_line(pinned: bool) -> bytes:
 
 
 def _line(fields: Mapping[str, Any]) -> bytes:
-    body = json.dumps(fields, separators=(",", ":")).encode("ascii")
+    body = _encode(fields).encode("ascii")
     return b"%08x %s\n" % (zlib.crc32(body), body)
 
 

@@ -71,7 +71,7 @@ class Keeper:
         directory = self.layout.study(study.study_instance_uid)
         content = self._journal_content(study.study_instance_uid, directory)
         held = content.instances
-        contents = Contents(held=held, live=dict(held))
+        contents = Contents(str(directory), held=held, live=dict(held))
         if study.epoch != self.rows.epoch:
             if held:
                 contents.unchecked = set(held)
@@ -163,7 +163,7 @@ class Keeper:
             self.table.resize(study, study.size_bytes - size, study.instances - 1)
             try:
                 # The file first: on a full disk, that makes the room for the line.
-                delete(self.layout.study(study.study_instance_uid) / instance.file_name)
+                delete(Path(contents.path(instance)))
                 self.journal(study, contents).append(remove_line(uid))
             except OSError as error:
                 self.room.not_recorded("removal_not_recorded", error)
@@ -250,14 +250,14 @@ class Keeper:
 
     # -------------------------------------------------------------- instances
 
-    def place(self, study: Study, contents: Contents, part: Path, instance: CachedInstance) -> None:
+    def place(self, study: Study, contents: Contents, part: str, instance: CachedInstance) -> None:
         """Make a received file an instance of *study*.
 
         Raises:
             OSError: no room even after evicting, or the disk failed; then *part*
                 is where it was, and the study as it was.
         """
-        target = self.layout.study(study.study_instance_uid) / instance.file_name
+        target = contents.path(instance)
         self._void_complete(study, contents)
         self.room.with_room(lambda: self.journal(study, contents))
         self._open_row(study)
@@ -274,12 +274,12 @@ class Keeper:
         study.unsynced.append(instance.file_name)
         study.touch()
 
-    def heal(self, study: Study, contents: Contents, part: Path, instance: CachedInstance) -> bool:
+    def heal(self, study: Study, contents: Contents, part: str, instance: CachedInstance) -> bool:
         """Put the same bytes in the place of those that nobody has checked yet."""
         held = contents.held[instance.sop_instance_uid]
         if instance.sop_instance_uid not in contents.unchecked or held != instance:
             return False
-        os.rename(part, self.layout.study(study.study_instance_uid) / instance.file_name)
+        os.rename(part, contents.path(instance))
         # Counted already; what came in is the instance now.
         self.room.incoming_bytes -= instance.data_set_offset + instance.size
         contents.unchecked.discard(instance.sop_instance_uid)
@@ -299,7 +299,7 @@ class Keeper:
     def journal(self, study: Study, contents: Contents) -> Journal:
         """The open journal of a study, begun if there is none."""
         if contents.journal is None:
-            directory = self.layout.study(study.study_instance_uid)
+            directory = Path(contents.directory)
             directory.mkdir(mode=0o700, exist_ok=True)
             contents.journal = Journal.open(directory, study.study_instance_uid)
         return contents.journal

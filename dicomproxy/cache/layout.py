@@ -22,7 +22,6 @@ import fcntl
 import hashlib
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -53,39 +52,18 @@ def _digest(uid: str) -> str:
     return hashlib.blake2b(data, digest_size=_DIGEST_BYTES).hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
 class Layout:
-    """The paths below one cache directory."""
+    """The paths below one cache directory, *root*."""
 
-    root: Path
-
-    @property
-    def lock(self) -> Path:
-        return self.root / "lock"
-
-    @property
-    def clean(self) -> Path:
-        return self.root / "clean"
-
-    @property
-    def incoming(self) -> Path:
-        return self.root / "incoming"
-
-    @property
-    def studies(self) -> Path:
-        return self.root / "studies"
-
-    @property
-    def trash(self) -> Path:
-        return self.root / "trash"
-
-    @property
-    def index(self) -> Path:
-        return self.root / "index"
-
-    @property
-    def requests(self) -> Path:
-        return self.root / "requests"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.lock = root / "lock"
+        self.clean = root / "clean"
+        self.incoming = root / "incoming"
+        self.studies = root / "studies"
+        self.trash = root / "trash"
+        self.index = root / "index"
+        self.requests = root / "requests"
 
     def study(self, study_instance_uid: str) -> Path:
         return self.studies / study_name(study_instance_uid)

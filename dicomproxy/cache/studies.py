@@ -26,17 +26,22 @@ from dicomproxy.ports import CachedInstance
 
 @dataclass(slots=True)
 class Contents:
-    """The instances of a study in use.
+    """The instances of a study in use, and the directory of their files.
 
     ``spool`` has the bytes of those that found no room on disk; ``unchecked``
     names those whose CRC was not checked since an unclean start.
     """
 
+    directory: str
     held: dict[str, CachedInstance] = field(default_factory=dict)
     live: dict[str, CachedInstance] = field(default_factory=dict)
     spool: dict[str, bytearray] = field(default_factory=dict)
     unchecked: set[str] = field(default_factory=set)
     journal: Journal | None = None
+
+    def path(self, instance: CachedInstance) -> str:
+        """Where the file of *instance* is; text, as a path object costs more than the lookup."""
+        return f"{self.directory}/{instance.file_name}"
 
 
 @dataclass(slots=True, eq=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from struct import Struct
 from typing import Final
 
@@ -62,18 +63,25 @@ def build_file_meta(
     Raises:
         ValueError: a UID or the AE title cannot be written. Names no value.
     """
+    sop_class = _element(0x0002, b"UI", _uid(sop_class_uid))
+    sop_instance = _element(0x0003, b"UI", _uid(sop_instance_uid))
+    rest = _rest_of_meta(transfer_syntax_uid, source_ae_title)
+    length = len(_VERSION_ELEMENT) + len(sop_class) + len(sop_instance) + len(rest)
+    group_length = _element(0x0000, b"UL", _UINT32.pack(length))
+    return b"".join((_PREAMBLE, group_length, _VERSION_ELEMENT, sop_class, sop_instance, rest))
+
+
+@lru_cache(maxsize=128)
+def _rest_of_meta(transfer_syntax_uid: str, source_ae_title: str) -> bytes:
+    """Return the elements from Transfer Syntax UID on: few kinds, written for every instance."""
     elements = [
-        _element(0x0001, b"OB", b"\x00\x01"),
-        _element(0x0002, b"UI", _uid(sop_class_uid)),
-        _element(0x0003, b"UI", _uid(sop_instance_uid)),
         _element(0x0010, b"UI", _uid(transfer_syntax_uid)),
         _element(0x0012, b"UI", _uid(IMPLEMENTATION_CLASS_UID)),
         _element(0x0013, b"SH", _text(IMPLEMENTATION_VERSION_NAME, _LONGEST_AE_TITLE)),
     ]
     if source_ae_title:
         elements.append(_element(0x0016, b"AE", _text(source_ae_title, _LONGEST_AE_TITLE)))
-    group = b"".join(elements)
-    return _PREAMBLE + _element(0x0000, b"UL", _UINT32.pack(len(group))) + group
+    return b"".join(elements)
 
 
 def read_file_meta(read: Read) -> FileMeta:
@@ -142,3 +150,6 @@ def _printable(value: str) -> bool:
 
 def _plain(value: bytes) -> str:
     return value.decode("ascii", "replace").strip(" \0")
+
+
+_VERSION_ELEMENT: Final = _element(0x0001, b"OB", b"\x00\x01")
