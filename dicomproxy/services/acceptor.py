@@ -176,9 +176,7 @@ class ServiceAcceptor:
         if field == CommandField.C_CANCEL_RQ:
             # It may have crossed the final response: then there is nothing to cancel.
             if (operation := running.get(command.responds_to)) is not None:
-                operation.cancelled = True
-                if operation.cancel is not None:
-                    operation.cancel()
+                operation.stop()
             return
         if command.is_response:
             return  # to nothing we asked here
@@ -227,10 +225,13 @@ class ServiceAcceptor:
             peer_address=caller.peer_address,
         )
         running[message.command.message_id] = operation
-        tasks.spawn(
+        task = tasks.spawn(
             self._run(association, caller, message, operation, running),
             name=operation.operation_id,
         )
+        # Where an abort came right behind the request, the task is cancelled before
+        # it has begun, and nothing in it runs, not even what says that it is over.
+        task.add_done_callback(lambda _: self._operations.end(operation, None))
 
     async def _run(
         self,

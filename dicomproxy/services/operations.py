@@ -54,6 +54,13 @@ class Operation:
     cancel: Callable[[], None] | None = None
     phase: Callable[[], str] = str
 
+    def stop(self) -> None:
+        """Cancel it as C-CANCEL asks; told again, it is ending already."""
+        if not self.cancelled:
+            self.cancelled = True
+            if self.cancel is not None:
+                self.cancel()
+
 
 @dataclass(frozen=True, slots=True)
 class RecentFailure:
@@ -90,7 +97,7 @@ class Operations:
         return operation
 
     def end(self, operation: Operation, status: int | None, **facts: Any) -> None:
-        """Log and count *operation*; *status* is None where no final response could be sent."""
+        """Log and count *operation*, once; *status* is None where no final response was sent."""
         if self.running.pop(operation.operation_id, None) is None:
             return
         if not self.running:
@@ -133,6 +140,4 @@ class Operations:
     def cancel_all(self) -> None:
         """Cancel everything as C-CANCEL would."""
         for operation in list(self.running.values()):
-            operation.cancelled = True
-            if operation.cancel is not None:
-                operation.cancel()
+            operation.stop()

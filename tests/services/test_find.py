@@ -127,6 +127,33 @@ async def test_cancel_ends_a_query_that_is_waiting() -> None:
         await within(at.queries.closed.wait())
 
 
+async def test_cancel_that_comes_again_changes_nothing() -> None:
+    """A query that takes its time to end is not cancelled a second time, nor is anybody else."""
+    ending, may_end = asyncio.Event(), asyncio.Event()
+
+    async def slowly(_asked: dict[str, Any]) -> AsyncIterator[Answer]:
+        try:
+            await asyncio.Event().wait()
+            yield Answer(0x0000)
+        finally:
+            ending.set()
+            await may_end.wait()
+
+    async with serving() as at, at.peer() as peer:
+        at.queries.answering = slowly
+        await peer.find(QUESTION)
+        await until(lambda: bool(at.queries.asked))
+        await peer.cancel()
+        await within(ending.wait())
+        await peer.cancel()
+        await peer.send(CommandField.C_ECHO_RQ, VERIFICATION, message_id=2)
+        assert (await peer.receive()).command.responds_to == 2
+        at.operations.cancel_all()
+        may_end.set()
+        _, final = await peer.final()
+    assert final.command.status == 0xFE00
+
+
 @pytest.mark.parametrize("message_id", [1, 2])
 async def test_cancel_that_comes_too_late_or_names_nothing_is_ignored(message_id: int) -> None:
     """It may have crossed the final response; the association goes on."""

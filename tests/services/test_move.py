@@ -9,17 +9,20 @@ import pytest
 
 from dicomproxy.dataset.identifier import Identifier
 from dicomproxy.dataset.levels import QUERY_RETRIEVE_LEVEL, STUDY_INSTANCE_UID, Level, Root
-from dicomproxy.dimse.command import CommandField, Tag
+from dicomproxy.dimse.command import CommandField, Tag, request
 from dicomproxy.dimse.errors import AssociationAborted
 from dicomproxy.dimse.layer import Limits
 from dicomproxy.dimse.operations import VERIFICATION
+from dicomproxy.dimse.pdu import Abort, encode
 from dicomproxy.ports import Originator
 from dicomproxy.retrieval.coordinator import RetrieveOutcome
 from tests.dimse_edge.harness import until
+from tests.dimse_edge.raw_peer import message
 from tests.services.support import (
     EXPLICIT,
     IMPLICIT,
     PATIENT_MOVE,
+    STUDY_FIND,
     STUDY_MOVE,
     Retrieve,
     serving,
@@ -307,6 +310,29 @@ async def test_workstation_that_leaves_ends_its_retrieve(log_watch: LogWatch, ab
     (line,) = log_watch.named("retrieve")
     assert line.get("status") is None
     assert at.operations.recent_failures[0].detail.endswith("association lost")
+
+
+@pytest.mark.parametrize("kind", ["query", "retrieve"])
+async def test_request_with_an_abort_right_behind_it_is_over(
+    log_watch: LogWatch, kind: str
+) -> None:
+    """Read together, the request is taken up and given up before anything of it has run."""
+    field, sop_class = {
+        "query": (CommandField.C_FIND_RQ, STUDY_FIND),
+        "retrieve": (CommandField.C_MOVE_RQ, STUDY_MOVE),
+    }[kind]
+    more = {"move_destination": "READING2"} if kind == "retrieve" else {}
+    async with serving() as at, at.peer() as peer:
+        context = peer.context(sop_class)
+        asked = request(field, sop_class, 1, data_set=True, priority=0, **more)
+        data = ORDER.encode(context.transfer_syntax)
+        together = message(context.context_id, asked, data) + encode(Abort(0, 0))
+        peer.association.protocol.write(together)
+        await until(lambda: bool(log_watch.named(kind)))
+        assert at.operations.running == {}
+        await within(at.operations.wait_idle())
+    (line,) = log_watch.named(kind)
+    assert line.get("status") is None
 
 
 async def test_crash_inside_a_retrieve_aborts_the_association(log_watch: LogWatch) -> None:
