@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from asyncio.trsock import TransportSocket
 from typing import Any, Final, Protocol, cast
 
 from dicomproxy.dimse.blocks import Block, BlockPool
@@ -116,9 +117,9 @@ class AssociationProtocol(asyncio.BufferedProtocol):
         self.transport.set_write_buffer_limits(high=0)
         self._socket = _options_socket(self.transport)
         if self._socket is not None:
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._set_option(socket.TCP_NODELAY)
             if _QUICKACK is not None:
-                self._socket.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
+                self._set_option(_QUICKACK)
         peer = transport.get_extra_info("peername")
         if isinstance(peer, tuple) and len(peer) >= 2:
             self.peer_address, self.peer_port = str(peer[0]), int(peer[1])
@@ -127,6 +128,12 @@ class AssociationProtocol(asyncio.BufferedProtocol):
         self._listener.connected()
         if self.drop_at_once:
             self.transport.abort()
+
+    def _set_option(self, option: int) -> None:
+        try:
+            self._socket.setsockopt(socket.IPPROTO_TCP, option, 1)
+        except OSError:
+            pass  # the peer is gone already, or this is no TCP; the next read says so
 
     def get_buffer(self, sizehint: int) -> memoryview:
         block = self._block
@@ -144,10 +151,7 @@ class AssociationProtocol(asyncio.BufferedProtocol):
 
     def buffer_updated(self, size: int) -> None:
         if self._socket is not None and _QUICKACK is not None:
-            try:
-                self._socket.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
-            except OSError:
-                pass  # the peer is gone already; the read says so next
+            self._set_option(_QUICKACK)
         self.received_bytes += size
         self.last_received = self._loop.time()
         block = self._block
@@ -398,18 +402,16 @@ class AssociationProtocol(asyncio.BufferedProtocol):
 
 
 def _options_socket(transport: asyncio.Transport) -> Any:
-    """Return something with ``setsockopt`` for *transport*.
+    """Return something with a quick ``setsockopt`` for *transport*, None if it has no socket.
 
-    Some event loops hand out a stand-in that refuses socket options: those
-    are set through a duplicate of the descriptor.
+    asyncio's own stand-in passes options on. Those of other event loops refuse
+    them, or make a socket of a duplicated descriptor for each call, which costs
+    more than the read after which it is called: they get one duplicate for good.
     """
     sock = transport.get_extra_info("socket")
-    if sock is None:
-        return None
+    if sock is None or isinstance(sock, TransportSocket):
+        return sock
     try:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    except (TypeError, AttributeError):
         return socket.socket(fileno=os.dup(sock.fileno()))
     except OSError:
-        return None
-    return sock
+        return None  # the peer is gone already
