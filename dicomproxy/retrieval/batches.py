@@ -7,6 +7,7 @@ within one series (PS3.4 C.4.2.1.4.1).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
@@ -17,6 +18,38 @@ from dicomproxy.retrieval.selection import Selection
 MAX_UIDS: Final = 100
 """How many instances one order names: archives put them into one database query."""
 
+FIRST_UIDS: Final = 8
+"""How many are asked for before the listing is complete: archives look up every UID
+of a list before they send anything, and somebody waits for the first instance."""
+
+
+def list_length(unclaimed: int, outstanding: int, at_once: int) -> int:
+    """Return how long the next lists are to be, so that *at_once* orders end together.
+
+    Each further list costs the round trips that set an order up, so that there are
+    as few as :data:`MAX_UIDS` allows; and since orders begin at different moments,
+    one that begins late gets less.
+
+    Args:
+        unclaimed: instances that no order has asked for yet.
+        outstanding: instances that orders under way have still to bring.
+        at_once: how many orders are to be under way, those included.
+    """
+    share = max(1, math.ceil((unclaimed + outstanding) / max(1, at_once)))
+    turns = math.ceil(share / MAX_UIDS)
+    return math.ceil(share / turns)
+
+
+def early_length(listed: int, running: int, at_once: int) -> int:
+    """Return how long a list to make of *listed* instances while more may be listed; 0 for none.
+
+    A first short one is sent off at once. Others wait until it is known how many
+    there are, unless there are enough already to give each order a full one.
+    """
+    if not running:
+        return min(listed, FIRST_UIDS)
+    return MAX_UIDS if listed >= at_once * MAX_UIDS else 0
+
 
 def orders_for_missing(
     study_instance_uid: str,
@@ -26,6 +59,7 @@ def orders_for_missing(
     patient_id: str = "",
     finest: Level = Level.IMAGE,
     at_once: int = 1,
+    outstanding: int = 0,
 ) -> list[RetrieveOrder]:
     """Return orders that together ask for *missing*, and for nothing else if *finest* allows.
 
@@ -38,12 +72,14 @@ def orders_for_missing(
         finest: the lowest level that this holder can be asked at.
         at_once: how many orders it is to work on at the same time; above 1 what
             is missing is spread over as many lists, even where it is a whole series.
+        outstanding: what orders already under way have still to bring.
     """
     wanted = {series: list(dict.fromkeys(uids)) for series, uids in missing.items() if uids}
     if not wanted:
         return []
     if at_once > 1 and finest is Level.IMAGE:
-        return _spread(study_instance_uid, wanted, listed, patient_id, at_once)
+        size = list_length(sum(map(len, wanted.values())), outstanding, at_once)
+        return lists_of(study_instance_uid, wanted, listed, size, patient_id=patient_id)
     whole = {series for series, uids in wanted.items() if set(uids) == set(listed.get(series, ()))}
     everything = {series for series, uids in listed.items() if uids}
     if finest is Level.STUDY or (whole == everything and len(wanted) == len(whole)):
@@ -60,16 +96,15 @@ def orders_for_missing(
     return orders
 
 
-def _spread(
+def lists_of(
     study_instance_uid: str,
     wanted: Mapping[str, Sequence[str]],
     listed: Mapping[str, Mapping[str, str]],
-    patient_id: str,
-    at_once: int,
+    size: int,
+    *,
+    patient_id: str = "",
 ) -> list[RetrieveOrder]:
-    """Split what is wanted into lists within a series, of about the same length each."""
-    total = sum(map(len, wanted.values()))
-    size = min(MAX_UIDS, -(-total // at_once))
+    """Split what is wanted into lists within a series, of about *size* instances each."""
     orders: list[RetrieveOrder] = []
     for series, uids in wanted.items():
         known = listed.get(series, {})

@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dicomproxy.dataset.levels import Level
-from dicomproxy.retrieval.batches import MAX_UIDS, orders_for_missing
+from dicomproxy.retrieval.batches import (
+    FIRST_UIDS,
+    MAX_UIDS,
+    early_length,
+    list_length,
+    orders_for_missing,
+)
 from dicomproxy.retrieval.pace import FAR_SECONDS, Pace, orders_at_once
 
 
@@ -73,6 +79,53 @@ def test_one_series_is_spread_evenly() -> None:
     uids = {f"1.{number}": "CT" for number in range(300)}
     orders = orders_for_missing("0", {"1": list(uids)}, {"1": uids}, at_once=3)
     assert [len(order.sop_instance_uids) for order in orders] == [100, 100, 100]
+
+
+@pytest.mark.parametrize(
+    ("unclaimed", "outstanding", "at_once", "length"),
+    [
+        (300, 0, 3, 100),
+        (300, 0, 7, 43),
+        (1000, 0, 7, 72),  # two turns each
+        (496, 6 * 4, 7, 75),  # the second turn begins
+        (90, 2 * 91, 3, 91),  # one has done a short list, the others are busy with long ones
+        (12, 2 * 60, 3, 44),  # all that is left
+        (5, 0, 7, 1),
+        (1, 0, 1, 1),
+        (100, 0, 1, 100),
+        (101, 0, 1, 51),
+        (0, 50, 4, 13),
+    ],
+)
+def test_list_length(unclaimed: int, outstanding: int, at_once: int, length: int) -> None:
+    """Orders end together, in as few lists as the longest list allows."""
+    assert list_length(unclaimed, outstanding, at_once) == length
+
+
+@given(st.integers(0, 5000), st.integers(0, 2000), st.integers(1, 20))
+def test_list_length_is_legal(unclaimed: int, outstanding: int, at_once: int) -> None:
+    """Never empty, never longer than a list may be, never so short that it takes a turn more."""
+    length = list_length(unclaimed, outstanding, at_once)
+    assert 1 <= length <= MAX_UIDS
+    share = -(-(unclaimed + outstanding) // at_once)
+    assert length * -(-share // MAX_UIDS) >= share
+
+
+@pytest.mark.parametrize(
+    ("listed", "running", "at_once", "length"),
+    [
+        (0, 0, 3, 0),
+        (1, 0, 3, 1),
+        (50, 0, 3, FIRST_UIDS),
+        (50, 1, 3, 0),
+        (299, 1, 3, 0),
+        (300, 1, 3, MAX_UIDS),
+        (300, 1, 7, 0),
+    ],
+)
+def test_early_length(listed: int, running: int, at_once: int, length: int) -> None:
+    """While a study is listed a short list is sent off, and full ones if there is plenty."""
+    assert early_length(listed, running, at_once) == length
 
 
 def test_small_series_are_not_split() -> None:
