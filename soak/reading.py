@@ -50,6 +50,7 @@ async def _one(
         case 7:
             await workstation.open(study, cancel_after_seconds=soon)
         case 8:
-            await workstation.open(study, abort_after_seconds=soon)
+            # At times so soon that the proxy reads request and abort together.
+            await workstation.open(study, abort_after_seconds=soon * chance.randint(0, 1))
         case _:
             await workstation.open(study)
