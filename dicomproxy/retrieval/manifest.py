@@ -5,13 +5,16 @@ it is), SERIES rows, and IMAGE rows for each series. Counts that an archive give
 with a study are no proof and are not asked for. A source that refuses SERIES or
 IMAGE level, or seems to have cut its answer, gives a manifest that is not
 *verified*.
+
+From a far source each answer costs a round trip: nothing waits there that can be
+asked at once, and what has been listed can be read before the listing is complete.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Collection, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import date, timedelta
@@ -40,6 +43,8 @@ MAX_ROWS: Final = 65_536
 
 _PARALLEL: Final = 2
 _REFUSALS: Final = frozenset({Failure.STATUS, Failure.NO_CONTEXT})
+_REPEATED: Final = _REFUSALS | {Failure.BREAKER}
+"""Questions asked too early are repeated: of a series that is no more, or beside a probe."""
 
 T = TypeVar("T")
 
@@ -114,63 +119,89 @@ def diff(
     return Difference(missing, tuple(uid for uid in cached if uid not in listed))
 
 
+Listing = dict[str, dict[str, str]]
+"""Series Instance UIDs to SOP Instance UIDs to SOP Class UIDs."""
+
+
 async def load_manifest(
-    source: Source, study_instance_uid: str, *, interactive: bool = True
+    source: Source,
+    study_instance_uid: str,
+    *,
+    interactive: bool = True,
+    series: Collection[str] = (),
+    into: Listing | None = None,
+    progress: Callable[[], None] | None = None,
 ) -> Manifest:
     """Ask *source* for its manifest of a study.
+
+    Args:
+        source: whom to ask.
+        study_instance_uid: the study.
+        interactive: whether somebody waits for it.
+        series: Series Instance UIDs that it probably has: a far source is asked for
+            their instances without waiting until it has confirmed them.
+        into: is filled in while answers come; only what is returned is a manifest.
+        progress: called after each instance that was added to *into*.
 
     Raises:
         SourceError: it could not be reached or did not answer to the end.
     """
-    keys = {STUDY_INSTANCE_UID: study_instance_uid}
-    series: dict[str, dict[str, str]] = {}
-    listing: asyncio.Task[bool | SourceError] | None = None
-    async with asyncio.TaskGroup() as group:
-        if source.round_trip_seconds >= FAR_SECONDS:
-            # Asked for together, since each costs a round trip.
-            listing = group.create_task(
-                _settled(_series_rows(source, keys, series, interactive)), name="series"
-            )
-        study = await _settled(_study_row(source, keys, interactive))
-    series_first = None
-    if listing is not None:
-        series_first = listing.result()
-        # A source whose breaker is open takes one question at a time: the other was
-        # turned away unasked, and is asked now that the source is known to answer.
-        if _turned_away(study) and not isinstance(series_first, SourceError):
-            study = await _settled(_study_row(source, keys, interactive))
-        elif _turned_away(series_first) and not isinstance(study, SourceError):
-            listing = None
+    ask = _Questions(source, study_instance_uid, interactive, {} if into is None else into)
+    ask.progress = progress
+    if source.round_trip_seconds >= FAR_SECONDS:
+        study, verified = await _ask_at_once(ask, series)
+    else:
+        study, verified = await _ask_in_turn(ask)
     if isinstance(study, SourceError):
         if study.failure not in _REFUSALS:
             raise study
         return Manifest(study_instance_uid, verified=False)
     if study is None:
         return Manifest(study_instance_uid, held=False)
-    try:
-        if listing is None:
-            verified = await _series_rows(source, keys, series, interactive)
-        elif isinstance(series_first, SourceError):
-            raise series_first
-        else:
-            verified = bool(series_first)
-        if verified and series:
-            verified = await _instance_rows(source, keys, series, interactive)
-    except SourceError as error:
-        if error.failure not in _REFUSALS:
-            raise
+    if isinstance(verified, SourceError):
+        if verified.failure not in _REFUSALS:
+            raise verified
         verified = False
     # A study without a single instance does not exist in an archive; this one cannot tell.
-    verified = verified and any(series.values())
+    verified = verified and any(ask.listing.values())
     return Manifest(
         study_instance_uid=study_instance_uid,
         patient_id=study.text(PATIENT_ID),
         patient_birth_date=study.text(PATIENT_BIRTH_DATE),
         patient_sex=study.text(PATIENT_SEX),
         study_date=study.text(STUDY_DATE),
-        series=series,
+        series=ask.listing,
         verified=verified,
     )
+
+
+_Answers = tuple[Identifier | SourceError | None, bool | SourceError]
+"""The study's row, and whether all of it has been listed."""
+
+
+async def _ask_in_turn(ask: _Questions) -> _Answers:
+    """Ask one thing after the other, each on the association of the last one."""
+    study = await _settled(ask.study_row())
+    if study is None or isinstance(study, SourceError):
+        return study, False
+    return study, await _settled(ask.everything())
+
+
+async def _ask_at_once(ask: _Questions, series: Collection[str]) -> _Answers:
+    """Ask for everything together that does not depend on another answer."""
+    async with asyncio.TaskGroup() as group:
+        # First, since more depends on it: it gets an association that is there already.
+        listing = group.create_task(_settled(ask.everything(series)), name="listing")
+        row = group.create_task(_settled(ask.study_row()), name="study")
+    study, verified = row.result(), listing.result()
+    # A source whose breaker is open takes one question at a time: the other was
+    # turned away unasked, and is asked now that the source is known to answer.
+    if _turned_away(study) and not isinstance(verified, SourceError):
+        study = await _settled(ask.study_row())
+    elif _turned_away(verified) and isinstance(study, Identifier):
+        ask.listing.clear()
+        verified = await _settled(ask.everything())
+    return study, verified
 
 
 def _turned_away(answer: object) -> bool:
@@ -208,77 +239,122 @@ async def closing(stream: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
             await aclose()
 
 
-async def _study_row(
-    source: Source, keys: Mapping[int, str], interactive: bool
-) -> Identifier | None:
-    returned = (STUDY_DATE, PATIENT_ID, PATIENT_BIRTH_DATE, PATIENT_SEX)
-    query = query_for(Level.STUDY, keys, returned, interactive=interactive)
-    found: Identifier | None = None
-    async with closing(source.find(query)) as rows:
-        async for row in rows:
-            if found is None and row.text(STUDY_INSTANCE_UID) == keys[STUDY_INSTANCE_UID]:
-                found = row
-    return found
+class _Questions:
+    """What is asked about one study; ``listing`` is what has been answered so far."""
 
+    def __init__(
+        self, source: Source, study_instance_uid: str, interactive: bool, listing: Listing
+    ) -> None:
+        self.listing = listing
+        self.progress: Callable[[], None] | None = None
+        self._source = source
+        self._uid = study_instance_uid
+        self._interactive = interactive
+        # Archives that do not index it read every file for it.
+        self._of_instances: tuple[int, ...] = (SOP_INSTANCE_UID,)
+        if source.wants_sop_classes:
+            self._of_instances += (SOP_CLASS_UID,)
 
-async def _series_rows(
-    source: Source,
-    keys: Mapping[int, str],
-    series: dict[str, dict[str, str]],
-    interactive: bool,
-) -> bool:
-    """Fill in the series; False if there may be more of them."""
-    query = query_for(Level.SERIES, keys, (SERIES_INSTANCE_UID,), interactive=interactive)
-    count = 0
-    async with closing(source.find(query)) as rows:
-        async for row in rows:
-            count += 1
-            uid = row.text(SERIES_INSTANCE_UID)
-            if uid and row.text(STUDY_INSTANCE_UID) in ("", keys[STUDY_INSTANCE_UID]):
-                series.setdefault(uid, {})
-    return count < MAX_ROWS
+    def _query(self, level: Level, returned: Collection[int], series: str = "") -> SourceQuery:
+        keys = {STUDY_INSTANCE_UID: self._uid}
+        if series:
+            keys[SERIES_INSTANCE_UID] = series
+        return query_for(level, keys, returned, interactive=self._interactive)
 
+    async def study_row(self) -> Identifier | None:
+        """Return whose study it is, None if the source has none."""
+        returned = (STUDY_DATE, PATIENT_ID, PATIENT_BIRTH_DATE, PATIENT_SEX)
+        found: Identifier | None = None
+        async with closing(self._source.find(self._query(Level.STUDY, returned))) as rows:
+            async for row in rows:
+                if found is None and row.text(STUDY_INSTANCE_UID) == self._uid:
+                    found = row
+        return found
 
-async def _instance_rows(
-    source: Source,
-    keys: Mapping[int, str],
-    series: dict[str, dict[str, str]],
-    interactive: bool,
-) -> bool:
-    """Fill in the instances of every series; False if there may be more of them."""
-    waiting = deque(series)
-    errors: list[SourceError] = []
-    cut = False
+    async def everything(self, likely: Collection[str] = ()) -> bool:
+        """List series and instances, those of *likely* series without waiting.
 
-    async def work() -> None:
-        nonlocal cut
-        while waiting and not errors:
-            uid = waiting.popleft()
-            query = query_for(
-                Level.IMAGE,
-                {**keys, SERIES_INSTANCE_UID: uid},
-                (SOP_INSTANCE_UID, SOP_CLASS_UID),
-                interactive=interactive,
-            )
-            count = 0
-            try:
-                async with closing(source.find(query)) as rows:
-                    async for row in rows:
-                        count += 1
-                        instance = row.text(SOP_INSTANCE_UID)
-                        # Archives that overlook the key answer for other series too.
-                        if instance and row.text(SERIES_INSTANCE_UID) in ("", uid):
-                            series[uid][instance] = row.text(SOP_CLASS_UID)
-            except SourceError as error:
-                errors.append(error)
-            cut = cut or count >= MAX_ROWS
+        Returns False if there may be more of them.
+        """
+        ahead: bool | SourceError = True
+        try:
+            if likely:
+                verified, ahead = await self._ahead(likely)
+                further = [uid for uid, instances in self.listing.items() if not instances]
+                if isinstance(ahead, SourceError) and ahead.failure not in _REPEATED:
+                    raise ahead
+            else:
+                verified = await self._series_rows(self.listing)
+                further = list(self.listing)
+            if isinstance(ahead, SourceError):
+                ahead, further = True, list(self.listing)
+            return verified and ahead and await self._instance_rows(further)
+        except SourceError:
+            # Not to be taken for whole listings later on.
+            for instances in self.listing.values():
+                instances.clear()
+            raise
 
-    async with asyncio.TaskGroup() as group:
-        for number in range(min(_PARALLEL, len(series))):
-            group.create_task(work(), name=f"manifest-{number}")
-    if errors:
-        # Not to be taken for whole listings later on.
-        for instances in series.values():
-            instances.clear()
-        raise errors[0]
-    return not cut
+    async def _ahead(self, likely: Collection[str]) -> tuple[bool, bool | SourceError]:
+        """List series, and meanwhile the instances of those that are likely among them."""
+        confirmed: Listing = {}
+        self.listing.update((uid, {}) for uid in likely)
+        async with asyncio.TaskGroup() as group:
+            rows = group.create_task(_settled(self._series_rows(confirmed)), name="series")
+            ahead = await _settled(self._instance_rows(tuple(likely)))
+        for uid in [uid for uid in self.listing if uid not in confirmed]:
+            del self.listing[uid]
+        for uid in confirmed:
+            self.listing.setdefault(uid, {})
+        verified = rows.result()
+        if isinstance(verified, SourceError):
+            raise verified
+        return verified, ahead
+
+    async def _series_rows(self, series: Listing) -> bool:
+        """Fill in the series; False if there may be more of them."""
+        count = 0
+        query = self._query(Level.SERIES, (SERIES_INSTANCE_UID,))
+        async with closing(self._source.find(query)) as rows:
+            async for row in rows:
+                count += 1
+                uid = row.text(SERIES_INSTANCE_UID)
+                if uid and row.text(STUDY_INSTANCE_UID) in ("", self._uid):
+                    series.setdefault(uid, {})
+        return count < MAX_ROWS
+
+    async def _instance_rows(self, series: Collection[str]) -> bool:
+        """Fill in the instances of *series*; False if there may be more of them."""
+        waiting = deque(series)
+        errors: list[SourceError] = []
+        cut = False
+
+        async def work() -> None:
+            nonlocal cut
+            while waiting and not errors:
+                try:
+                    cut = not await self._instances_of(waiting.popleft()) or cut
+                except SourceError as error:
+                    errors.append(error)
+
+        async with asyncio.TaskGroup() as group:
+            for number in range(min(_PARALLEL, len(series))):
+                group.create_task(work(), name=f"manifest-{number}")
+        if errors:
+            raise errors[0]
+        return not cut
+
+    async def _instances_of(self, series: str) -> bool:
+        count = 0
+        instances = self.listing[series]
+        query = self._query(Level.IMAGE, self._of_instances, series)
+        async with closing(self._source.find(query)) as rows:
+            async for row in rows:
+                count += 1
+                uid = row.text(SOP_INSTANCE_UID)
+                # Archives that overlook the key answer for other series too.
+                if uid and row.text(SERIES_INSTANCE_UID) in ("", series):
+                    instances[uid] = row.text(SOP_CLASS_UID)
+                    if self.progress is not None:
+                        self.progress()
+        return count < MAX_ROWS

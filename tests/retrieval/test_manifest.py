@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import date
 
@@ -10,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dicomproxy.dataset.identifier import Identifier
-from dicomproxy.dataset.levels import Level
+from dicomproxy.dataset.levels import SERIES_INSTANCE_UID, Level
 from dicomproxy.ports import Failure, SourceError, SourceQuery
-from dicomproxy.retrieval.manifest import Manifest, diff, load_manifest
+from dicomproxy.retrieval.manifest import SOP_CLASS_UID, Manifest, diff, load_manifest
 from dicomproxy.retrieval.selection import Selection
 from tests.retrieval.fakes import CT, STUDY, Archive, study
 from tests.sentinel import PATIENT_ID
@@ -135,5 +136,78 @@ class TurnsOneAway(Archive):
             self.turned_away = None
             self.queries.append(query)
             raise SourceError(self.name, Failure.BREAKER)
+        async for row in super().find(query):
+            yield row
+
+
+SERIES_1, SERIES_2 = (f"{STUDY}.{number}" for number in (1, 2))
+
+
+@pytest.mark.parametrize("likely", [[SERIES_1], [SERIES_1, SERIES_2], ["1.2.99", SERIES_2]])
+@pytest.mark.parametrize("refused", [None, Level.SERIES, Level.IMAGE])
+async def test_likely_series_change_no_manifest(likely: list[str], refused: Level | None) -> None:
+    """Asked ahead for series that it has, or has no more, a far source lists the same."""
+    near, far = Archive("near", study(2, 3)), Archive("far", study(2, 3))
+    far.round_trip_seconds = 0.03
+    for archive in (near, far):
+        if refused is not None:
+            archive.fail(refused, Failure.STATUS, 0xA900)
+    manifest = await load_manifest(far, STUDY, series=likely)
+    expected = await load_manifest(near, STUDY)
+    assert (manifest.verified, manifest.series) == (expected.verified, expected.series)
+
+
+async def test_instances_of_likely_series_are_asked_for_at_once() -> None:
+    """What is known already costs no round trip: all three levels are asked together."""
+    far = Archive("far", study(2))
+    far.round_trip_seconds = 0.03
+    far.find_gate = asyncio.Event()
+    async with asyncio.TaskGroup() as group:
+        loading = group.create_task(load_manifest(far, STUDY, series=[SERIES_1]))
+        async with asyncio.timeout(10):
+            while len(far.queries) < 3:  # noqa: ASYNC110 (what fakes count has no event)
+                await asyncio.sleep(0)
+        assert {query.level for query in far.queries} == {Level.STUDY, Level.SERIES, Level.IMAGE}
+        far.find_gate.set()
+    assert list((await loading).series[SERIES_1]) == far.studies[STUDY].series[SERIES_1]
+    assert len(far.queries) == 3
+
+
+async def test_a_series_that_is_no_more_may_be_an_error_to_the_archive() -> None:
+    """A failure that asking too early brought about is not held against the listing."""
+    far = Strict("far", study(2, 3))
+    far.round_trip_seconds = 0.03
+    manifest = await load_manifest(far, STUDY, series=["1.2.99"])
+    assert manifest == await load_manifest(Archive("near", study(2, 3)), STUDY)
+
+
+async def test_listing_can_be_read_before_it_is_complete() -> None:
+    """Each row is there by the time that it is told of."""
+    seen: list[int] = []
+    into: dict[str, dict[str, str]] = {}
+    manifest = await load_manifest(
+        Archive("north", study(3)),
+        STUDY,
+        into=into,
+        progress=lambda: seen.append(len(into[SERIES_1])),
+    )
+    assert seen == [1, 2, 3]
+    assert manifest.series == into
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+async def test_sop_classes_are_asked_for_where_they_are_needed(wanted: bool) -> None:
+    """Archives may have to read every file to say them."""
+    archive = Archive("north", study(1))
+    archive.wants_sop_classes = wanted
+    await load_manifest(archive, STUDY)
+    assert (SOP_CLASS_UID in archive.queries[-1].identifier) is wanted
+
+
+class Strict(Archive):
+    async def find(self, query: SourceQuery) -> AsyncIterator[Identifier]:
+        series = query.identifier.text(SERIES_INSTANCE_UID)
+        if series and series not in self.studies[STUDY].series:
+            raise SourceError(self.name, Failure.STATUS, 0xC000)
         async for row in super().find(query):
             yield row
