@@ -175,6 +175,7 @@ class Association:
         self._inbox_paused = False
         self._command = bytearray()
         self._command_context = 0
+        self._last_command: tuple[bytes | None, Command] = (None, Command({}))
         self._current: Message | None = None
         self._segments: list[memoryview] = []
         self._sending = asyncio.Lock()
@@ -293,6 +294,35 @@ class Association:
                 raise
         self.messages_sent += 1
 
+    async def send_all(
+        self, context: Context, messages: Sequence[tuple[Command, bytes | None]]
+    ) -> None:
+        """Send small messages in one go: one call of the kernel, one wake-up of the peer.
+
+        A command that is the same object as the one before it is encoded once.
+
+        Raises:
+            AssociationError: as for :meth:`send`.
+        """
+        async with self._sending:
+            self._check_sendable()
+            parts: list[bytes] = []
+            last: Command | None = None
+            encoded = b""
+            for command, data in messages:
+                if command is not last:
+                    last, encoded = command, command.encode()
+                self._lay_out_small(parts, context.context_id, encoded, data)
+            self.protocol.write(b"".join(parts))
+            try:
+                await self._drain()
+            except AssociationError:
+                raise
+            except BaseException:
+                self.abort()
+                raise
+        self.messages_sent += len(messages)
+
     def send_now(self, context: Context, command: Command) -> bool:
         """Send a message without data set at once; false if one is being sent or none can be."""
         if self._sending.locked() or self._ended is not None:
@@ -320,8 +350,14 @@ class Association:
         return most & ~1
 
     def _write_small(self, context_id: int, command: bytes, data: bytes | None) -> None:
-        chunk = self._pdu_bytes - _HEAD_BYTES
         parts: list[bytes] = []
+        self._lay_out_small(parts, context_id, command, data)
+        self.protocol.write(b"".join(parts))
+
+    def _lay_out_small(
+        self, parts: list[bytes], context_id: int, command: bytes, data: bytes | None
+    ) -> None:
+        chunk = self._pdu_bytes - _HEAD_BYTES
         for control, body in ((1, command), (0, data)):
             if body is None:
                 continue
@@ -335,7 +371,6 @@ class Association:
                     )
                 )
                 parts.append(piece)
-        self.protocol.write(b"".join(parts))
 
     async def _send_stream(self, context_id: int, data: DataSource) -> None:
         size = data.size
@@ -552,7 +587,10 @@ class Association:
         context = self.contexts.get(context_id)
         if context is None:
             raise ProtocolError("presentation context was not accepted")
-        command = decode_command(data)
+        # Pending responses are alike to the byte, and nobody changes a command received.
+        if data != self._last_command[0]:
+            self._last_command = (data, decode_command(data))
+        command = self._last_command[1]
         message = Message(context, command)
         if command.has_data_set:
             message.sink = self.sink_for(self, context, command)

@@ -10,8 +10,8 @@ query.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Final, TypeVar
 
 from dicomproxy.dataset.identifier import Identifier, IdentifierError
@@ -35,7 +35,10 @@ from dicomproxy.query.plan import QueryRefused, QueryRequest, plan, validate
 from dicomproxy.query.rows import Answer, Style
 from dicomproxy.tasks import OwnerClosed, TaskOwner
 
-__all__ = ["Answer", "QueryCoordinator", "QuerySummary"]
+__all__ = ["Answer", "Answers", "QueryCoordinator", "QuerySummary"]
+
+Answers = tuple[Answer, ...]
+"""Answers that were ready at the same time, to be sent together; never empty."""
 
 SUCCESS: Final = 0x0000
 UNABLE_TO_PROCESS: Final = 0xC000
@@ -46,9 +49,11 @@ _MAX_LEGS: Final = 256  # asked at the same time, over all queries
 _MAX_LATE_LEGS: Final = 32  # listened to after their query has ended
 _LEG_SECONDS: Final = 60.0  # a backstop: a source has its own deadlines
 _LOCATE_SECONDS: Final = 1.0  # what the memory of locations may cost
+_AUDIT_SECONDS: Final = 15.0  # a backstop: the trail has deadlines of its own
 _WIND_UP_SECONDS: Final = 5.0  # for a leg that was told to end
 _MAX_WAITING_LOCAL_ROWS: Final = 32
-_LOCATIONS_AT_ONCE: Final = 100
+_BATCH_ROWS: Final = 32
+_BATCH_BYTES: Final = 128 * 1024  # a batch is closed by the row that exceeds it
 _MAX_STUDIES_LOCATED: Final = 100
 
 _log = get_logger()
@@ -111,9 +116,10 @@ class QueryCoordinator:
         local_calling_ae_title: str,
         priority: int = 0,
         summary: QuerySummary | None = None,
-    ) -> AsyncGenerator[Answer, None]:
+    ) -> AsyncGenerator[Answers, None]:
         """Yield the answers to one C-FIND, the last one final (PS3.4 C.4.1).
 
+        The first row comes alone, at once; what is ready later comes together.
         Closing the iterator before its last answer cancels: the local PACS is
         sent a C-CANCEL and so is every source. It must be closed in either case
         (``aclosing``), and never raises for what a peer does.
@@ -138,15 +144,17 @@ class QueryCoordinator:
                 "protocol_error", operation_id=operation_id, reason="unreadable_identifier"
             )
             summary.status = UNABLE_TO_PROCESS
-            yield Answer(UNABLE_TO_PROCESS, error_comment="Identifier cannot be read")
+            yield (Answer(UNABLE_TO_PROCESS, error_comment="Identifier cannot be read"),)
             return
         except QueryRefused as refused:
             summary.status = refused.status
             element = refused.offending_element
-            yield Answer(
-                refused.status,
-                error_comment=refused.comment,
-                offending_element=() if element is None else (element,),
+            yield (
+                Answer(
+                    refused.status,
+                    error_comment=refused.comment,
+                    offending_element=() if element is None else (element,),
+                ),
             )
             return
         summary.query_level = request.level.value
@@ -165,38 +173,39 @@ class QueryCoordinator:
             tasks.append(self._tasks.spawn(self._ask_local(query, local), name="local"))
             tasks.append(self._tasks.spawn(self._fan_out(query), name="fan_out"))
             async with aclosing(self._merged(query)) as merged:
-                async for answer in merged:
-                    yield answer
+                async for batch in merged:
+                    yield batch
             await self._record(query)
             final = self._final(query)
             summary.status = final.status
-            yield final
+            yield (final,)
         finally:
             await self._end(query, tasks)
 
     # ---------------------------------------------------------------- merging
 
-    async def _merged(self, query: Query) -> AsyncGenerator[Answer, None]:
+    async def _merged(self, query: Query) -> AsyncGenerator[Answers, None]:
         """Yield pending answers until the local PACS has ended and so have sources, or time."""
         loop = asyncio.get_running_loop()
         started = loop.time()
         release_at = started + self._local_query_timeout_seconds
         end_at = started + query.caller.query_budget_seconds
-        located: list[Location] = []
+        most = 1  # the first row is not to wait for the writing of others
         while True:
             query.changed.clear()
             while query.local_rows:
-                if (answer := self._take_local(query, located)) is not None:
-                    query.summary.local_matches += 1
-                    yield answer
-            self._flush(located)
+                if batch := self._local_batch(query, most):
+                    query.summary.local_matches += len(batch)
+                    most = _BATCH_ROWS
+                    yield batch
             now = loop.time()
             if query.local_done or now >= release_at:
-                for answer in query.merge.release():
-                    query.summary.remote_matches += 1
-                    yield answer
-                    if query.local_rows:
-                        break  # they go first
+                # Local rows that came meanwhile go before the next batch.
+                while query.merge.holding and not query.local_rows:
+                    batch = _batch(query.merge.release(), most)
+                    query.summary.remote_matches += len(batch)
+                    most = _BATCH_ROWS
+                    yield batch
             if query.local_rows or (query.merge.holding and now >= release_at):
                 continue
             if query.local_done and (query.sources_done or now >= end_at):
@@ -215,6 +224,16 @@ class QueryCoordinator:
             except TimeoutError:
                 pass
 
+    def _local_batch(self, query: Query, most: int) -> Answers:
+        """Take local rows that wait; what is returned may be fewer, or none."""
+        located: list[Location] = []
+        taken = (self._take_local(query, located) for _ in range(len(query.local_rows)))
+        batch = _batch((answer for answer in taken if answer is not None), most)
+        if located:
+            # Below STUDY level a study is named by each of its rows.
+            self._locations.remember(list(dict.fromkeys(located)))
+        return batch
+
     def _take_local(self, query: Query, located: list[Location]) -> Answer | None:
         row = query.merge.local(query.local_rows.popleft())
         query.room.set()
@@ -230,15 +249,7 @@ class QueryCoordinator:
         if row.study_instance_uid:
             patient = row.patient_id or query.patient_of(row.study_instance_uid, LOCAL)
             located.append(Location(row.study_instance_uid, LOCAL, patient))
-            if len(located) >= _LOCATIONS_AT_ONCE:
-                self._flush(located)
         return row.answer
-
-    def _flush(self, located: list[Location]) -> None:
-        if located:
-            # Below STUDY level a study is named by each of its rows.
-            self._locations.remember(list(dict.fromkeys(located)))
-            located.clear()
 
     def _final(self, query: Query) -> Answer:
         query.summary.duplicates = query.merge.duplicates
@@ -252,6 +263,7 @@ class QueryCoordinator:
         loop = asyncio.get_running_loop()
         started = loop.time()
         fields: dict[str, object] = {"failure": Failure.PROTOCOL.value}
+        first = True
         try:
             async with _closing(answers):
                 async for answer in answers:
@@ -264,6 +276,10 @@ class QueryCoordinator:
                         await query.room.wait()
                     query.local_rows.append(answer)
                     query.changed.set()
+                    if first:
+                        # Others may have come with it: this one is on its way before they are read.
+                        first = False
+                        await asyncio.sleep(0)
         except SourceError as error:
             fields = {"failure": error.failure.value, "status": error.status}
         except Exception as error:
@@ -309,6 +325,13 @@ class QueryCoordinator:
         finally:
             query.planned = True
             query.changed.set()
+            self._sources_may_have_ended(query)
+
+    def _sources_may_have_ended(self, query: Query) -> None:
+        """Begin to record as soon as all is known, while rows are still being sent."""
+        if query.open and query.sources_done:
+            with suppress(OwnerClosed):
+                self._start_recording(query)
 
     def _leg_ended(self) -> None:
         self._legs -= 1
@@ -356,6 +379,7 @@ class QueryCoordinator:
         SECONDS.labels(leg.source).observe(asyncio.get_running_loop().time() - leg.started)
         query.report_dropped(leg)
         query.changed.set()
+        self._sources_may_have_ended(query)
 
     def _take_remote(self, query: Query, leg: Leg, row: Identifier, study: str) -> Verdict:
         verdict = query.merge.remote(leg.source, row, study)
@@ -381,10 +405,26 @@ class QueryCoordinator:
             if not leg.done and not cancelled:
                 leg.late = True
                 query.failed(leg, Failure.TIMEOUT)
-        events = query.audit_events()
         query.open = False
-        if events:
-            await self._audit.record(*events)
+        try:
+            self._start_recording(query)
+        except OwnerClosed:  # shutting down, which leaves nothing unrecorded
+            await self._audit.record(*query.audit_events())
+        if query.recording is None:
+            return
+        # The waiting may be cut short, by C-CANCEL for one; the recording never is.
+        await asyncio.wait([query.recording], timeout=_AUDIT_SECONDS)
+        if not query.recording.done():
+            _log.error("audit_failed", operation_id=query.operation_id, reason="timeout")
+
+    def _start_recording(self, query: Query) -> None:
+        """Have the disclosures written, unless they are already.
+
+        Raises:
+            OwnerClosed: everything is shutting down.
+        """
+        if query.recording is None and (events := query.audit_events()):
+            query.recording = self._tasks.spawn(self._audit.record(*events), name="audit")
 
     async def _end(self, query: Query, tasks: list[asyncio.Task[None]]) -> None:
         """End what must end; after a full answer, late legs may go on."""
@@ -412,6 +452,18 @@ class QueryCoordinator:
 
     def _late_leg_ended(self) -> None:
         self._late_legs -= 1
+
+
+def _batch(answers: Iterable[Answer], most: int) -> Answers:
+    """Take up to *most* answers, of bounded size together."""
+    taken: list[Answer] = []
+    size = 0
+    for answer in answers:
+        taken.append(answer)
+        size += len(answer.data)
+        if len(taken) >= most or size >= _BATCH_BYTES:
+            break
+    return tuple(taken)
 
 
 @asynccontextmanager

@@ -104,6 +104,7 @@ class Query:
         self.open = True
         self.planned = False
         self.legs: list[Leg] = []
+        self.recording: asyncio.Task[None] | None = None
         self.known: Mapping[str, tuple[Location, ...]] = {}
         self.local_rows: deque[LocalAnswer] = deque()
         self.local_done = False

@@ -1,4 +1,4 @@
-"""C-FIND as SCP (PS3.4 C.4.1): hand the question on, send each answer as it comes."""
+"""C-FIND as SCP (PS3.4 C.4.1): hand the question on, send answers as they come."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import Any
 
 from dicomproxy.dataset.levels import Root
 from dicomproxy.dimse.association import Association, Message
-from dicomproxy.dimse.command import response
+from dicomproxy.dimse.command import Command, response
 from dicomproxy.dimse.errors import AssociationError
 from dicomproxy.ports import Caller
-from dicomproxy.query.coordinator import Answer, QueryCoordinator, QuerySummary
+from dicomproxy.query.coordinator import Answer, Answers, QueryCoordinator, QuerySummary
 from dicomproxy.services.operations import Operation
 
 OUT_OF_RESOURCES = 0xA700
 CANCELLED = 0xFE00
-PENDING = frozenset({0xFF00, 0xFF01})
 
 
 async def serve_find(
@@ -37,7 +36,7 @@ async def serve_find(
     summary = QuerySummary()
     if message.too_long:
         answer = Answer(OUT_OF_RESOURCES, error_comment="Identifier is too long")
-        await _send(association, message, answer)
+        await _send(association, message, (answer,), {})
         return OUT_OF_RESOURCES, {}
     answers = coordinator.find(
         sop_class_uid=message.context.abstract_syntax,
@@ -51,20 +50,21 @@ async def serve_find(
         summary=summary,
     )
     status: int | None = None
+    commands: dict[int, Command] = {}
     try:
         async with aclosing(answers):
             while not operation.cancelled:
                 # Only the wait is cut short by C-CANCEL, never a message half sent.
-                waited = await _next(answers, operation)
-                if waited is None or operation.cancelled:
+                batch = await _next(answers, operation)
+                if batch is None or operation.cancelled:
                     break
-                await _send(association, message, waited)
-                if waited.status not in PENDING:
-                    status = waited.status
+                await _send(association, message, batch, commands)
+                if not batch[-1].pending:
+                    status = batch[-1].status
                     break
         if status is None:
             status = CANCELLED if operation.cancelled else 0xC001
-            await _send(association, message, Answer(status))
+            await _send(association, message, (Answer(status),), commands)
     except AssociationError:
         status = None
     operation.query_level = summary.query_level
@@ -80,11 +80,10 @@ async def serve_find(
     }
 
 
-async def _next(answers: AsyncIterator[Answer], operation: Operation) -> Answer | None:
-    """Return the next answer; None if there is none, or C-CANCEL comes first."""
+async def _next(answers: AsyncIterator[Answers], operation: Operation) -> Answers | None:
+    """Return the next answers; None if there are none, or C-CANCEL comes first."""
     loop = asyncio.get_running_loop()
     try:
-        # Only the wait is cut short by C-CANCEL, never a message half sent.
         async with asyncio.timeout(None) as patience:
             operation.cancel = lambda: patience.reschedule(loop.time())
             return await anext(answers, None)
@@ -94,12 +93,23 @@ async def _next(answers: AsyncIterator[Answer], operation: Operation) -> Answer 
         operation.cancel = None
 
 
-async def _send(association: Association, message: Message, answer: Answer) -> None:
-    command = response(
-        message.command,
-        answer.status,
-        data_set=bool(answer.data),
-        error_comment=answer.error_comment[:64] or None,
-        offending_element=answer.offending_element or None,
-    )
-    await association.send(message.context, command, answer.data or None)
+async def _send(
+    association: Association, message: Message, batch: Answers, commands: dict[int, Command]
+) -> None:
+    """Send answers together; *commands* keeps those of pending ones, which are all alike."""
+    messages: list[tuple[Command, bytes | None]] = []
+    for answer in batch:
+        alike = answer.pending and bool(answer.data)
+        command = commands.get(answer.status) if alike else None
+        if command is None:
+            command = response(
+                message.command,
+                answer.status,
+                data_set=bool(answer.data),
+                error_comment=answer.error_comment[:64] or None,
+                offending_element=answer.offending_element or None,
+            )
+            if alike:
+                commands[answer.status] = command
+        messages.append((command, answer.data or None))
+    await association.send_all(message.context, messages)

@@ -180,9 +180,14 @@ class RecordedAudit:
 
     def __init__(self) -> None:
         self.events: list[AuditEvent] = []
+        self.recorded = asyncio.Event()
+        self.hangs = False
 
     async def record(self, *events: AuditEvent) -> None:
         self.events.extend(events)
+        self.recorded.set()
+        if self.hangs:
+            await asyncio.Event().wait()
 
     def outcomes(self) -> Mapping[str, str]:
         return {event.source: event.outcome for event in self.events}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from dicomproxy.dataset.levels import (
 from dicomproxy.ports import Failure, LocalAnswer, Location, SourceError
 from dicomproxy.query import coordinator as module
 from dicomproxy.query import merge
-from dicomproxy.query.coordinator import Answer, QueryCoordinator, QuerySummary
+from dicomproxy.query.coordinator import Answer, Answers, QueryCoordinator, QuerySummary
 from tests.query.builders import (
     EXPLICIT,
     STUDY_ROOT_FIND,
@@ -67,9 +67,9 @@ class Bench:
             cached,
         )
 
-    def find(
+    def batches(
         self, charset: str = "", caller_changes: dict[str, Any] | None = None, **keys: Any
-    ) -> Any:
+    ) -> AsyncGenerator[Answers, None]:
         asked = identifier(charset, **(keys or PATIENT_QUERY))
         return self.coordinator.find(
             sop_class_uid=STUDY_ROOT_FIND,
@@ -81,6 +81,12 @@ class Bench:
             local_calling_ae_title="READING1",
             summary=self.summary,
         )
+
+    async def find(self, **asked: Any) -> AsyncGenerator[Answer, None]:
+        async with aclosing(self.batches(**asked)) as batches:
+            async for batch in batches:
+                for answer in batch:
+                    yield answer
 
     async def answers(self, **asked: Any) -> list[Answer]:
         async with asyncio.timeout(20), aclosing(self.find(**asked)) as found:
@@ -122,6 +128,56 @@ async def test_local_rows_arrive_before_any_source_has_answered() -> None:
     assert uids([first]) == ["1.1"]
     assert uids(rest) == ["1.2"]
     assert rest[-1].status == 0x0000
+
+
+async def test_the_first_row_goes_alone_and_the_rest_together() -> None:
+    """Nobody waits for the first row to be joined by others; later ones cost one sending."""
+    local = ScriptedLocal(*(study_row(f"1.1.{number}") for number in range(5)))
+    north = ScriptedSource("north", *(study_row(f"1.2.{number}") for number in range(4)))
+    async with bench(local, north) as it, asyncio.timeout(10), aclosing(it.batches()) as found:
+        batches = [batch async for batch in found]
+    assert [len(batch) for batch in batches] == [1, 4, 4, 1]
+    assert uids(list(batches[0] + batches[1])) == [f"1.1.{number}" for number in range(5)]
+    assert uids(list(batches[2])) == [f"1.2.{number}" for number in range(4)]
+
+
+@pytest.mark.parametrize("long", [False, True])
+async def test_a_batch_is_bounded(long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By rows and by bytes: what is held for one sending does not grow with the answer."""
+    monkeypatch.setattr(module, "_BATCH_ROWS", 100 if long else 3)
+    monkeypatch.setattr(module, "_BATCH_BYTES", 1 if long else 10**6)
+    north = ScriptedSource("north", *(study_row(f"1.2.{number}") for number in range(9)))
+    async with bench(ScriptedLocal(), north) as it, aclosing(it.batches()) as found:
+        sizes = [len(batch) async for batch in found]
+    assert sum(sizes) == 9 + 1
+    assert max(sizes) == (1 if long else 3)
+
+
+async def test_disclosures_are_written_while_the_local_archive_still_answers() -> None:
+    """The record of sources that have ended does not wait for the rest, and is made once."""
+    gate = asyncio.Event()
+    north = ScriptedSource("north", study_row("1.2"))
+    local = ScriptedLocal(study_row("1.1"), gate)
+    async with bench(local, north) as it, asyncio.timeout(10), asyncio.TaskGroup() as group:
+        asking = group.create_task(it.answers(), name="ask")
+        await it.audit.recorded.wait()
+        assert it.audit.outcomes() == {"north": "success"}
+        assert not asking.done()
+        gate.set()
+        assert (await asking)[-1].status == 0x0000
+        assert len(it.audit.events) == 1
+
+
+async def test_an_audit_trail_that_hangs_does_not_withhold_the_final_response(
+    monkeypatch: pytest.MonkeyPatch, log_watch: LogWatch
+) -> None:
+    """It is waited for up to a deadline, then the query ends and the log says so."""
+    monkeypatch.setattr(module, "_AUDIT_SECONDS", 0.01)
+    async with bench(ScriptedLocal(), ScriptedSource("north", study_row("1.2"))) as it:
+        it.audit.hangs = True
+        answers = await it.answers()
+    assert [answer.status for answer in answers] == [0xFF00, 0x0000]
+    assert [entry["reason"] for entry in log_watch.named("audit_failed")] == ["timeout"]
 
 
 async def test_local_rows_do_not_wait_for_the_memory_of_locations() -> None:
@@ -519,8 +575,8 @@ async def test_what_cannot_be_answered_is_refused_without_asking_anybody(
             operation_id="op1",
             local_calling_ae_title="READING1",
         )
-        answers = [answer async for answer in found]
-    assert [(answer.status, answer.offending_element) for answer in answers] == [
+        batches = [batch async for batch in found]
+    assert [(answer.status, answer.offending_element) for (answer,) in batches] == [
         (status, offending)
     ]
     assert local.asked == []

@@ -18,7 +18,7 @@ from dicomproxy.dimse.negotiation import UNCOMPRESSED, Context
 from dicomproxy.dimse.operations import VERIFICATION
 from dicomproxy.dimse.pdu import RoleSelection
 from dicomproxy.ports import Caller, Originator
-from dicomproxy.query.coordinator import Answer, QueryCoordinator
+from dicomproxy.query.coordinator import Answer, Answers, QueryCoordinator
 from dicomproxy.retrieval.coordinator import (
     DestinationPlan,
     RetrieveCoordinator,
@@ -48,7 +48,7 @@ JPEG: Final = "1.2.840.10008.1.2.4.50"
 
 EVERYTHING: Final = (VERIFICATION, PATIENT_FIND, STUDY_FIND, PATIENT_MOVE, STUDY_MOVE, CT)
 
-Answering = Callable[[dict[str, Any]], AsyncIterator[Answer]]
+Answering = Callable[[dict[str, Any]], AsyncIterator[Answer | Answers]]
 
 
 class Queries:
@@ -59,11 +59,11 @@ class Queries:
         self.closed = asyncio.Event()
         self.answering: Answering = ending_well
 
-    async def find(self, **asked: Any) -> AsyncIterator[Answer]:
+    async def find(self, **asked: Any) -> AsyncIterator[Answers]:
         self.asked.append(asked)
         try:
             async for answer in self.answering(asked):
-                yield answer
+                yield answer if isinstance(answer, tuple) else (answer,)
         finally:
             self.closed.set()
 
