@@ -271,7 +271,10 @@ class Identifier:
         if not isinstance(value, bytes) or not value:
             return ()
         if vr in TEXT_VRS:
-            text = charset.decode(value, self.specific_character_set, vr)
+            if _plain(value):
+                text = value.decode("ascii")
+            else:
+                text = charset.decode(value, self.specific_character_set, vr)
         elif vr in _NUMBERS:
             number = _NUMBERS[vr]
             whole = len(value) - len(value) % number.size

@@ -78,13 +78,45 @@ def matches(answer: Identifier, keys: Identifier, level: Level) -> bool:
         keys: the workstation's request, in its own character set.
         level: of the query; it decides whether a Patient ID has to be there.
     """
-    if not same_patient(answer, keys, level):
-        return False
-    return all(
-        _element_matches(keys, element, answer)
-        for element in keys
-        if element.tag not in _NEVER_MATCHED and element.tag not in _IDENTITY
-    )
+    prepared = Keys(keys, level)
+    return prepared.same_patient(answer) and prepared.matches(answer)
+
+
+class Keys:
+    """What one operation asks for, prepared once: most keys of a request match anything.
+
+    Args:
+        identifier: the workstation's request, in its own character set.
+        level: of the query.
+    """
+
+    def __init__(self, identifier: Identifier, level: Level) -> None:
+        self._identifier = identifier
+        self._level = level
+        patients = identifier.values(PATIENT_ID)
+        self._patient = patients if len(patients) == 1 and not _has_wild_card(patients[0]) else ()
+        self._issued = not identifier.is_empty(_ISSUER_OF_PATIENT_ID)
+        self._matched = tuple(
+            element
+            for element in identifier
+            if element.tag not in _NEVER_MATCHED
+            and element.tag not in _IDENTITY
+            and not identifier.is_empty(element.tag)
+        )
+
+    def same_patient(self, answer: Identifier) -> bool:
+        """As :func:`same_patient`."""
+        if self._patient and not self._issued and answer.values(PATIENT_ID) == self._patient:
+            return True  # by far the most frequent case
+        return same_patient(answer, self._identifier, self._level)
+
+    def matches(self, answer: Identifier) -> bool:
+        """Tell whether *answer*, about the same patient, satisfies all other keys."""
+        return all(_element_matches(self._identifier, key, answer) for key in self._matched)
+
+
+def _has_wild_card(value: str) -> bool:
+    return "*" in value or "?" in value
 
 
 def _key_matches(keys: Identifier, answer: Identifier, tag: int) -> bool:
@@ -156,6 +188,8 @@ def like(pattern: str, value: str) -> bool:
 
     Not by regular expression: a pattern of many stars would take one ages.
     """
+    if not _has_wild_card(pattern):
+        return pattern == value
     at = position = 0
     star = resume = -1
     while position < len(value):

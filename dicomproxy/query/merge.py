@@ -16,7 +16,7 @@ from typing import Final
 from dicomproxy.dataset.identifier import Identifier, IdentifierError
 from dicomproxy.dataset.levels import PATIENT_ID, STUDY_INSTANCE_UID, UNIQUE_KEY, Level
 from dicomproxy.ports import LocalAnswer
-from dicomproxy.query.match import matches, same_patient
+from dicomproxy.query.match import Keys
 from dicomproxy.query.rows import Answer, Style, local_row, remote_row
 
 MAX_ROWS_PER_SOURCE: Final = 20_000
@@ -78,6 +78,7 @@ class Merge:
         self._style = style
         self._level = style.request.level
         self._unique_key = UNIQUE_KEY[self._level]
+        self._keys = Keys(style.request.identifier, self._level)
         self._availability = availability
         self._cached = cached
         self._sent: dict[str, bool] = {}  # by unique key: by the local PACS
@@ -137,13 +138,12 @@ class Merge:
         study = row.text(STUDY_INSTANCE_UID) or study_instance_uid
         if not key or (study_instance_uid and study != study_instance_uid):
             return Verdict.MALFORMED
-        keys = self._style.request.identifier
-        if not same_patient(row, keys, self._level):
+        if not self._keys.same_patient(row):
             return Verdict.WITHHELD
         patient = row.text(PATIENT_ID)
         if study and _contradict(patient, self._patients.get(study, "")):
             return Verdict.CONFLICT
-        if not matches(row, keys, self._level):
+        if not self._keys.matches(row):
             return Verdict.NOT_MATCHING
         held = self._held.get(key)
         if held is not None or key in self._sent:

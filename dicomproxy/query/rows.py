@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Final
 
@@ -110,7 +111,7 @@ def local_row(style: Style, answer: LocalAnswer, row: Identifier) -> bytes:
     Args:
         style: of the operation.
         answer: as the local PACS gave it.
-        row: its identifier, decoded.
+        row: its identifier, decoded; it may be changed.
     """
     changed = None
     title = style.retrieve_ae_title
@@ -122,11 +123,11 @@ def local_row(style: Style, answer: LocalAnswer, row: Identifier) -> bytes:
         RETRIEVE_AE_TITLE in row or RETRIEVE_AE_TITLE in style.request.identifier
     )
     if title and (names_another or names_none):
-        changed = row.copy()
-        changed.set_text(RETRIEVE_AE_TITLE, title, "AE")
+        changed = row
+        changed.put(_constant(RETRIEVE_AE_TITLE, "AE", title))
     if INSTANCE_AVAILABILITY in row and row.is_empty(INSTANCE_AVAILABILITY):
         # Never of zero length (PS3.4 C.4.1.1.3.2): an archive that does not know says nothing.
-        changed = changed or row.copy()
+        changed = row
         changed.remove(INSTANCE_AVAILABILITY)
     if style.charset and row.specific_character_set != style.charset and _has_text(row):
         changed = (changed or row).with_character_set(style.charset, replace=True)
@@ -160,16 +161,24 @@ def remote_row(
         for tag in COUNTS:
             if tag in made:
                 made.set_empty(tag)
-    made.set_text(QUERY_RETRIEVE_LEVEL, request.level.value, "CS")
+    made.put(_constant(QUERY_RETRIEVE_LEVEL, "CS", request.level.value))
     if style.retrieve_ae_title and (
         request.level is not Level.PATIENT or RETRIEVE_AE_TITLE in request.identifier
     ):
-        made.set_text(RETRIEVE_AE_TITLE, style.retrieve_ae_title, "AE")
+        made.put(_constant(RETRIEVE_AE_TITLE, "AE", style.retrieve_ae_title))
     if availability and request.level is not Level.PATIENT:
-        made.set_text(INSTANCE_AVAILABILITY, availability, "CS")
+        made.put(_constant(INSTANCE_AVAILABILITY, "CS", availability))
     made = _in_readable_character_set(style, made)
     status = PENDING if complete else PENDING_KEYS_UNSUPPORTED
     return Answer(status, made.encode(style.transfer_syntax_uid))
+
+
+@lru_cache(maxsize=256)
+def _constant(tag: int, vr: str, text: str) -> Element:
+    """Return an element that row after row has alike."""
+    made = Identifier()
+    made.set_text(tag, text, vr)
+    return next(iter(made))
 
 
 def _pruned(
@@ -232,6 +241,8 @@ def _in_readable_character_set(style: Style, row: Identifier) -> Identifier:
     """Write *row* in the character set the site set, the request's, or UTF-8, if any is needed."""
     texts = list(row.texts())
     if not texts:
+        if SPECIFIC_CHARACTER_SET not in row and not any(element.vr == "SQ" for element in row):
+            return row  # as it is: nothing in it declares one
         return row.with_character_set(())
     if style.charset:
         return row.with_character_set(style.charset, replace=True)
