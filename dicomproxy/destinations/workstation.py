@@ -275,12 +275,20 @@ class WorkstationDelivery:
         request = self._workstation.layer.request(self._target, proposal)
         if not self._open:
             return await request
-        async with asyncio.TaskGroup() as group:
-            requesting = group.create_task(_outcome(request), name="associate")
-            done, _ = await asyncio.wait({requesting}, timeout=_PATIENCE_SECONDS)
-            if not done:
-                await self._give_way()
-        outcome = requesting.result()
+        got: list[Association | AssociationError] = []
+        try:
+            async with asyncio.TaskGroup() as group:
+                requesting = group.create_task(_outcome(request, got), name="associate")
+                done, _ = await asyncio.wait({requesting}, timeout=_PATIENCE_SECONDS)
+                if not done:
+                    await self._give_way()
+        except BaseException:
+            # Given up while others were let go; what was accepted meanwhile is nobody's.
+            for left in got:
+                if isinstance(left, Association):
+                    left.abort()
+            raise
+        (outcome,) = got
         if isinstance(outcome, AssociationError):
             raise outcome
         return outcome
@@ -335,13 +343,13 @@ class WorkstationDelivery:
 
 
 async def _outcome(
-    request: Coroutine[Any, Any, Association],
-) -> Association | AssociationError:
-    """Return a failure instead of raising it, which would end the group it runs in."""
+    request: Coroutine[Any, Any, Association], got: list[Association | AssociationError]
+) -> None:
+    """Take down a failure instead of raising it, which would end the group it runs in."""
     try:
-        return await request
+        got.append(await request)
     except AssociationError as error:
-        return error
+        got.append(error)
 
 
 class _Bytes:

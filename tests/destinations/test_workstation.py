@@ -24,6 +24,7 @@ from tests.destinations.support import (
     MR,
     RLE,
     Delivering,
+    Desk,
     Item,
     desk,
     workstation,
@@ -457,6 +458,43 @@ async def test_cancelled_while_a_second_association_is_requested() -> None:
                 await task
         assert isinstance(await at.peer.end(), AssociationReleased)
         stop.set()
+
+
+async def test_cancelled_while_the_first_gives_way_to_the_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second was accepted meanwhile, and is not forgotten."""
+    monkeypatch.setattr(module, "_PATIENCE_SECONDS", 0.05)
+    stop = asyncio.Event()
+
+    async def admit(_request: AssociateRequest) -> AssociateReject | None:
+        if at.peer.associations:
+            await stop.wait()
+        return None
+
+    async with desk(StandIn(admit=admit)) as at, at.open() as delivery:
+        await delivery.send(Item(CT))
+        (first,) = at.peer.associations
+        first.protocol.pause()  # it will not see that it is released
+        task = asyncio.create_task(delivery.send(Item(MR, uid="1.2.3.6")))
+        await until(lambda: at.workstation.takes_turns)
+        stop.set()
+        await until(lambda: len(at.peer.associations) == 2)
+        await until(lambda: sum(one.established for one in requested(at)) == 1)
+        for _ in range(10):  # it is handed on to whoever requested it
+            await asyncio.sleep(0)
+        assert not task.done()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert isinstance(await at.peer.end(), AssociationAborted)
+        first.protocol.resume()
+        assert isinstance(await at.peer.end(), AssociationReleased)
+
+
+def requested(at: Desk) -> list[Association]:
+    """Return the associations that the proxy has open."""
+    return [one for one in at.workstation.layer.associations if one.is_requestor]
 
 
 async def test_big_endian_is_the_last_resort_of_nobody() -> None:
