@@ -261,6 +261,8 @@ class Flight:
         if leg is None:
             paused = self.flights.paused(self.study_instance_uid, holder.name)
             leg = self._legs[holder.name] = Leg(self, holder, paused)
+        # The latest one stands: after a reload, what the first came by is soon closed.
+        leg.holder = holder
         return leg
 
     # --------------------------------------------------------- what is held

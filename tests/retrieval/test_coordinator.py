@@ -18,7 +18,7 @@ from dicomproxy.ports import (
     RetrieveProgress,
     SourceError,
 )
-from dicomproxy.retrieval.coordinator import RetrieveOutcome, RetrieveRequest
+from dicomproxy.retrieval.coordinator import RetrieveCoordinator, RetrieveOutcome, RetrieveRequest
 from dicomproxy.retrieval.operation import RetrieveOperation
 from tests.retrieval.fakes import (
     CT,
@@ -1149,3 +1149,35 @@ async def test_delivery_waits_for_the_local_part_where_it_must(
         world.local_pacs.gate.set()
     assert task.result().status == 0x0000
     assert len(workstation.received) == 3
+
+
+async def test_reload_does_not_leave_a_flight_with_a_source_that_is_closed(build: Build) -> None:
+    """What a retrieve under the new configuration joined goes on at the source that it knows."""
+    held, gate = study(3), asyncio.Event()
+    before, after = Archive("north", held), Archive("north", held)
+    before.gate = lambda uid: gate
+    before.stall_after = [1]
+    world = build(before)
+    world.know(before)
+    after.arrivals = world.arrivals
+    reloaded = RetrieveCoordinator(
+        world.store,
+        world.flights,
+        world.memory,
+        world.audit,
+        {"north": after},
+        world.local,
+        world.local_pacs,
+        relay_local=False,
+    )
+    first = world.operation(Workstation())
+    world.coordinator, standing = reloaded, world.coordinator
+    second = world.operation(Workstation())
+    async with running(first):
+        await until(lambda: bool(before.orders))
+        async with running(second) as result:
+            await settle()
+            gate.set()
+    assert result.result() == RetrieveOutcome(0x0000, completed=3)
+    assert (len(before.orders), len(after.orders)) == (1, 1)
+    await standing.close()
