@@ -199,6 +199,18 @@ class LocalAnswer:
         return self.status in (0xFF00, 0xFF01)
 
 
+@dataclass(slots=True)
+class Cancellation:
+    """How a move that the local PACS performs is cancelled.
+
+    The archive sets ``send`` once there is something to cancel. Calling it has a
+    C-CANCEL sent (PS3.7 9.3.2.3) and waits for nothing: the move then ends by its
+    own final response, with its own counts.
+    """
+
+    send: Callable[[], None] | None = None
+
+
 class LocalArchive(Protocol):
     """The local PACS as a workstation would talk to it."""
 
@@ -226,11 +238,13 @@ class LocalArchive(Protocol):
         calling_ae_title: str,
         message_id: int,
         priority: int = 0,
+        cancellation: Cancellation | None = None,
     ) -> AsyncGenerator[RetrieveProgress, None]:
         """Have the PACS itself send to a workstation; its progress, the last one final.
 
         Asked with the workstation's calling title and Message ID, so that the
-        PACS names them as Move Originator. Closing the iterator sends C-CANCEL.
+        PACS names them as Move Originator. Closing the iterator sends C-CANCEL
+        and gives up its final response; *cancellation* is for who wants that.
 
         Raises:
             SourceError: no final response came.

@@ -119,7 +119,7 @@ class RetrieveOperation:
         self._outlet = Outlet(destination.open, destination.ae_title)
         self._cancelled = False
         self._subscriptions: set[Subscription] = set()
-        self._steps: set[asyncio.Task[Any]] = set()
+        self._steps: dict[asyncio.Task[Any], Callable[[], bool] | None] = {}
         self._disclosures: list[Disclosure] = []
         self._relay: Relay | None = None
         self._refusal: int | None = None
@@ -135,12 +135,16 @@ class RetrieveOperation:
         return self.tally.counts
 
     def cancel(self) -> None:
-        """End the operation as a C-CANCEL asks: the instance being sent is finished, no more."""
+        """End the operation as a C-CANCEL asks: the instance being sent is finished, no more.
+
+        What the local PACS sends itself ends by its own final response.
+        """
         self._cancelled = self._outlet.stopped = True
         for subscription in self._subscriptions:
             subscription.stop()
-        for step in self._steps:
-            step.cancel()
+        for step, told_to_end in self._steps.items():
+            if told_to_end is None or not told_to_end():
+                step.cancel()
 
     async def run(self) -> RetrieveOutcome:
         """Carry the operation out. Cancelling it leaves nothing behind either."""
@@ -150,7 +154,7 @@ class RetrieveOperation:
                 await self._work()
                 status = self._status()
             except _Cancelled:
-                status = CANCELLED
+                status = self._status()
             except asyncio.CancelledError:
                 status = CANCELLED
                 raise
@@ -250,7 +254,7 @@ class RetrieveOperation:
             progressed=self._progressed,
         )
         try:
-            await self._interruptible(move, "relay")
+            await self._interruptible(move, "relay", relay.cancel)
         except _Cancelled:
             pass
         except Exception as error:
@@ -400,13 +404,14 @@ class RetrieveOperation:
     # -------------------------------------------------------------- the end
 
     def _status(self) -> int:
+        relay = self._relay
+        if relay is not None and len(self.tally.parts) == 1 and relay.status is not None:
+            # Wholly local: the local PACS has judged, a C-CANCEL that came too late included.
+            return relay.status
         if self._cancelled:
             return CANCELLED
         if self._refusal is not None:
             return self._refusal
-        relay = self._relay
-        if relay is not None and len(self.tally.parts) == 1 and relay.status is not None:
-            return relay.status  # wholly local: the local PACS has judged
         return final_status(self.tally.counts, self.tally.failure)
 
     async def _record(self, status: int) -> None:
@@ -441,8 +446,16 @@ class RetrieveOperation:
         if self.changed is not None:
             self.changed()
 
-    async def _interruptible(self, coro: Coroutine[Any, Any, T], name: str) -> T:
+    async def _interruptible(
+        self,
+        coro: Coroutine[Any, Any, T],
+        name: str,
+        told_to_end: Callable[[], bool] | None = None,
+    ) -> T:
         """Await *coro*, which a C-CANCEL ends.
+
+        Args:
+            told_to_end: asks it to end by itself, soon; False if it has to be cancelled.
 
         Raises:
             _Cancelled: it did.
@@ -458,11 +471,11 @@ class RetrieveOperation:
             raise
         # A step that is cancelled before it has begun never gets to *coro*.
         step.add_done_callback(lambda _: coro.close())
-        self._steps.add(step)
+        self._steps[step] = told_to_end
         try:
             await asyncio.wait([step])
         finally:
-            self._steps.discard(step)
+            self._steps.pop(step, None)
             if not step.done():
                 # We are being cancelled ourselves: the step ends by itself, with its owner.
                 step.cancel()

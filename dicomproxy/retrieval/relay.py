@@ -2,6 +2,8 @@
 
 It is asked at the request's own level, for the studies that it holds, with the
 workstation's title and Message ID, so that it names them as Move Originator.
+Cancelled, it is told so and keeps the last word: its final response says what
+became of the sub-operations, and is waited for, but not for long.
 """
 
 from __future__ import annotations
@@ -9,10 +11,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Final
 
 from dicomproxy.dataset.levels import Level
 from dicomproxy.logs import error_fields, get_logger
-from dicomproxy.ports import LocalArchive, Originator, RetrieveOrder, SourceError
+from dicomproxy.ports import (
+    LOCAL,
+    Cancellation,
+    Failure,
+    LocalArchive,
+    Originator,
+    RetrieveOrder,
+    SourceError,
+)
 from dicomproxy.retrieval.locate import LocatedStudy
 from dicomproxy.retrieval.manifest import closing
 from dicomproxy.retrieval.request import RetrieveRequest
@@ -25,6 +36,8 @@ from dicomproxy.retrieval.tally import (
     Part,
 )
 
+_CANCEL_SECONDS: Final = 4.0  # less than what a shutdown leaves for cancelled operations
+
 _log = get_logger()
 
 
@@ -33,7 +46,8 @@ class Relay:
     """What the local PACS was asked for, and how far it has come.
 
     ``status`` is that of its final response, ``broken`` says that none came.
-    ``covered`` are studies that were had from elsewhere instead.
+    ``covered`` are studies that were had from elsewhere instead, ``cancelled``
+    says that the PACS was sent a C-CANCEL.
     """
 
     studies: list[LocatedStudy]
@@ -42,6 +56,19 @@ class Relay:
     status: int | None = None
     broken: bool = False
     covered: set[str] = field(default_factory=set)
+    cancelled: bool = False
+    _cancellation: Cancellation = field(default_factory=Cancellation)
+    _patience: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
+
+    def cancel(self) -> bool:
+        """Tell the PACS to stop; False if it was not asked yet, so that nobody need wait for it."""
+        if self._cancellation.send is None:
+            return False
+        if not self.cancelled:
+            self.cancelled = True
+            self._patience.reschedule(asyncio.get_running_loop().time() + _CANCEL_SECONDS)
+            self._cancellation.send()
+        return True
 
     async def follow(
         self,
@@ -56,7 +83,7 @@ class Relay:
         """Have it send, and take its counts over as they come.
 
         Raises:
-            SourceError: no final response came.
+            SourceError: no final response came, or none in time to a C-CANCEL.
         """
         studies = tuple(study.study_instance_uid for study in self.studies)
         order = RetrieveOrder(
@@ -73,25 +100,36 @@ class Relay:
             calling_ae_title=calling_ae_title,
             message_id=originator.message_id,
             priority=originator.priority,
+            cancellation=self._cancellation,
         )
-        async with closing(steps):
-            async for progress in steps:
-                self.part.follow(progress)
-                if progress.final:
-                    self.status = progress.status
-                progressed()
+        try:
+            async with self._patience, closing(steps):
+                async for progress in steps:
+                    self.part.follow(progress)
+                    if progress.final:
+                        self.status = progress.status
+                    progressed()
+        except TimeoutError:
+            raise SourceError(LOCAL, Failure.TIMEOUT) from None
+        finally:
+            self._cancellation.send = None
         if self.status is None:
             self.part.fail_remaining()
             self.part.failure = SUB_OPERATIONS_FAILED
-        elif self.status == CANCELLED:  # not by us, since then we would not be here
-            self.part.fail_remaining()
+        elif self.status == CANCELLED:
+            if not self.cancelled:
+                self.part.fail_remaining()  # somebody else's doing
         elif self.status == WARNING and not self.part.failed + self.part.warning:
             self.part.failure = WARNING
 
     def break_off(self, error: Exception, operation_id: str) -> None:
-        """Count what was still to come as Failed, since the exchange has."""
+        """Count what was still to come as Failed, since the exchange has.
+
+        After a C-CANCEL it counts as not begun: the last Pending response stands.
+        """
         self.broken = True
-        self.part.fail_remaining()
+        if not self.cancelled:
+            self.part.fail_remaining()
         if isinstance(error, SourceError):
             self.part.failure = error.status or NUMBER_OF_MATCHES_UNKNOWN
             _log.warning(

@@ -98,6 +98,7 @@ class Part:
         response then stand, and a Success completes what was remaining.
         """
         said = progress.completed + progress.failed + progress.warning
+        total = self.remaining + self.done
         if not progress.final or said:
             self.completed = progress.completed
             self.failed = progress.failed
@@ -107,6 +108,10 @@ class Part:
         if progress.final:
             if progress.status != CANCELLED:
                 self.remaining = 0
+            elif progress.remaining is not None:
+                self.remaining = progress.remaining
+            elif said:
+                self.remaining = max(0, total - said)
             for uid in progress.failed_sop_instance_uids:
                 self.failed_sop_instance_uids[uid] = None
             self.failed = max(self.failed, len(self.failed_sop_instance_uids))

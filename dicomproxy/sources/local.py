@@ -16,11 +16,12 @@ from typing import Final
 from dicomproxy.dataset.identifier import Identifier, IdentifierError
 from dicomproxy.dataset.levels import QUERY_RETRIEVE_LEVEL, Level
 from dicomproxy.dimse.association import Association
-from dicomproxy.dimse.command import Command, CommandField, request
+from dicomproxy.dimse.command import Command, CommandField, cancel, request
 from dicomproxy.dimse.errors import NoContext
 from dicomproxy.dimse.negotiation import UNCOMPRESSED, Context
 from dicomproxy.dimse.pool import AssociationPool, Lease, Purpose
 from dicomproxy.ports import (
+    Cancellation,
     Failure,
     LocalAnswer,
     RetrieveOrder,
@@ -168,8 +169,10 @@ class LocalPacs:
         calling_ae_title: str,
         message_id: int,
         priority: int = 0,
+        cancellation: Cancellation | None = None,
     ) -> AsyncGenerator[RetrieveProgress, None]:
         """Have the PACS send; see :meth:`dicomproxy.ports.LocalArchive.move`."""
+        cancelling = _Cancelling(message_id)
 
         def choose(lease: Lease) -> tuple[Context, Command, bytes]:
             association = lease.association
@@ -190,7 +193,14 @@ class LocalPacs:
                 move_destination=destination_ae_title,
             )
             identifier = retrieve_identifier(order, context.abstract_syntax == roots[1])
+            cancelling.begin(association, context)
+            if cancellation is not None:
+                cancellation.send = cancelling.ask
             return context, command, identifier.encode(context.transfer_syntax)
+
+        def left_seconds() -> float:
+            cancelling.send_if_asked()  # the request itself may have been in the way before
+            return deadline - loop.time()
 
         settings = self.archive.settings
         loop = asyncio.get_running_loop()
@@ -202,13 +212,47 @@ class LocalPacs:
             purpose=Purpose.RETRIEVE,
             probe=True,
             lease_seconds=settings.first_instance_timeout,
-            left_seconds=lambda: deadline - loop.time(),
+            left_seconds=left_seconds,
             pool=self._pool(calling_ae_title),
         )
-        async with aclosing(responses):
-            async for answer in responses:
-                deadline = loop.time() + settings.stall_timeout
-                yield progress_of(answer)
+        try:
+            async with aclosing(responses):
+                async for answer in responses:
+                    deadline = loop.time() + settings.stall_timeout
+                    if not answer.pending:
+                        cancelling.end()
+                    yield progress_of(answer)
+        finally:
+            cancelling.end()
+
+
+class _Cancelling:
+    """Sends the C-CANCEL of one move, once, as soon as it can be sent."""
+
+    def __init__(self, message_id: int) -> None:
+        self._message_id = message_id
+        self._asked = False
+        self._exchange: tuple[Association, Context, int] | None = None
+
+    def begin(self, association: Association, context: Context) -> None:
+        """The request is about to be sent, for the second time maybe."""
+        self._exchange = (association, context, association.messages_sent)
+
+    def end(self) -> None:
+        """The association may serve another from now on, with the same Message ID even."""
+        self._exchange = None
+
+    def ask(self) -> None:
+        self._asked = True
+        self.send_if_asked()
+
+    def send_if_asked(self) -> None:
+        if not self._asked or self._exchange is None:
+            return
+        association, context, sent_before = self._exchange
+        # It must not overtake the request.
+        if association.messages_sent == sent_before + 1:
+            association.send_now(context, cancel(self._message_id))
 
 
 def _find_context(

@@ -29,6 +29,7 @@ from dicomproxy.ports import (
     AuditEvent,
     CachedInstance,
     Caller,
+    Cancellation,
     Delivered,
     DestinationError,
     Failure,
@@ -465,12 +466,18 @@ class Workstation:
 
 
 class LocalPacs:
-    """The local PACS as a mover: plays its script of progress, then an error if there is one."""
+    """The local PACS as a mover: plays its script of progress, then an error if there is one.
+
+    Told to cancel, it plays ``once_cancelled`` instead of the rest, if that is set.
+    ``cancelled`` counts the iterators closed before their end.
+    """
 
     def __init__(self) -> None:
         self.moves: list[tuple[RetrieveOrder, str, str, int]] = []
         self.script: list[RetrieveProgress | SourceError] = []
+        self.once_cancelled: list[RetrieveProgress | SourceError] | None = None
         self.gate: asyncio.Event | None = None
+        self.told_to_cancel = 0
         self.cancelled = 0
 
     async def find(
@@ -492,11 +499,23 @@ class LocalPacs:
         calling_ae_title: str,
         message_id: int,
         priority: int = 0,
+        cancellation: Cancellation | None = None,
     ) -> AsyncIterator[RetrieveProgress]:
         self.moves.append((order, destination_ae_title, calling_ae_title, message_id))
         ended = False
+        script = [*self.script]
+
+        def cancel() -> None:
+            self.told_to_cancel += 1
+            if self.once_cancelled is not None and self.gate is not None:
+                script[:] = self.once_cancelled
+                self.gate.set()
+
+        if cancellation is not None:
+            cancellation.send = cancel
         try:
-            for step in self.script:
+            while script:
+                step = script.pop(0)
                 if isinstance(step, SourceError):
                     ended = True
                     raise step

@@ -18,6 +18,7 @@ from dicomproxy.ports import (
     RetrieveProgress,
     SourceError,
 )
+from dicomproxy.retrieval import relay as relay_module
 from dicomproxy.retrieval.coordinator import RetrieveCoordinator, RetrieveOutcome, RetrieveRequest
 from dicomproxy.retrieval.operation import RetrieveOperation
 from tests.retrieval.fakes import (
@@ -989,8 +990,70 @@ async def test_damaged_instance_is_fetched_once_for_all_who_find_it(build: Build
     assert dict(north.sent) == {held.instances[2]: 1}
 
 
-async def test_cancel_of_a_relayed_part_reaches_the_local_pacs(build: Build) -> None:
-    """A C-CANCEL ends the local PACS's own sending as well."""
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        pytest.param(
+            [
+                RetrieveProgress(remaining=2, completed=2),
+                RetrieveProgress(
+                    remaining=1,
+                    completed=2,
+                    failed=1,
+                    final=True,
+                    status=0xFE00,
+                    failed_sop_instance_uids=("1.9",),
+                ),
+            ],
+            RetrieveOutcome(0xFE00, 1, 2, 1, failed_sop_instance_uids=("1.9",)),
+            id="cancels",
+        ),
+        pytest.param(
+            [RetrieveProgress(completed=2, final=True, status=0xFE00)],
+            RetrieveOutcome(0xFE00, 2, 2),
+            id="leaves out what remains",
+        ),
+        pytest.param(
+            [RetrieveProgress(final=True, status=0xFE00)],
+            RetrieveOutcome(0xFE00, 3, 1),
+            id="leaves out every count",
+        ),
+        pytest.param(
+            [RetrieveProgress(completed=4, final=True, status=0x0000)],
+            RetrieveOutcome(0x0000, 0, 4),
+            id="had finished",
+        ),
+        pytest.param(
+            [SourceError(LOCAL, Failure.ABORTED)], RetrieveOutcome(0xFE00, 3, 1), id="dies"
+        ),
+    ],
+)
+async def test_cancelled_local_pacs_has_the_last_word(
+    build: Build, said: list[RetrieveProgress | SourceError], expected: RetrieveOutcome
+) -> None:
+    """It is sent a C-CANCEL, and its own final counts and failed list are passed on."""
+    local = Archive(LOCAL, study(4))
+    world = build(local=local, relay=True)
+    world.know(local)
+    pacs = world.local_pacs
+    pacs.gate, pacs.once_cancelled = asyncio.Event(), said
+    pacs.script = [RetrieveProgress(remaining=3, completed=1)]
+    operation = world.operation(Workstation())
+    async with running(operation) as task:
+        await until(lambda: operation.counts.completed == 1)
+        operation.cancel()
+        operation.cancel()  # as a shutdown that comes on top would
+    assert task.result() == expected
+    assert (pacs.told_to_cancel, pacs.cancelled) == (1, 0)
+    (event,) = world.audit.events
+    assert (event.source, event.instances) == (LOCAL, expected.completed)
+
+
+async def test_local_pacs_that_ignores_a_cancel_is_not_waited_for_long(
+    build: Build, monkeypatch: pytest.MonkeyPatch, log_watch: LogWatch
+) -> None:
+    """Its last Pending response then stands, nothing is called failed, and it is let go."""
+    monkeypatch.setattr(relay_module, "_CANCEL_SECONDS", 0.01)
     local = Archive(LOCAL, study(2))
     world = build(local=local, relay=True)
     world.know(local)
@@ -1000,9 +1063,10 @@ async def test_cancel_of_a_relayed_part_reaches_the_local_pacs(build: Build) -> 
     async with running(operation) as task:
         await until(lambda: operation.counts.completed == 1)
         operation.cancel()
-    outcome = task.result()
-    assert (outcome.status, outcome.completed, outcome.remaining) == (0xFE00, 1, 1)
-    assert world.local_pacs.cancelled == 1
+    assert task.result() == RetrieveOutcome(0xFE00, 1, 1)
+    assert (world.local_pacs.told_to_cancel, world.local_pacs.cancelled) == (1, 1)
+    (entry,) = log_watch.named("local_retrieve_failed")
+    assert entry["failure"] == "timeout"
 
 
 async def test_crash_of_a_source_is_a_failure_of_that_source(build: Build) -> None:
@@ -1082,7 +1146,7 @@ async def test_closing_ends_abandoned_flights_once(build: Build) -> None:
 
 
 async def test_a_far_source_is_asked_on_several_associations(build: Build) -> None:
-    """Once its instances are known they are ordered in lists, together, and each once."""
+    """A few are ordered as soon as they are listed, the rest in lists, and each once."""
     far = Archive("far", study(30))
     far.round_trip_seconds, far.parallel_retrieves = 0.03, 3
     gate = asyncio.Event()
@@ -1092,7 +1156,7 @@ async def test_a_far_source_is_asked_on_several_associations(build: Build) -> No
     async with running(world.operation(workstation)) as task:
         await until(lambda: len(far.orders) == 3)
         assert [order.level for order in far.orders] == [Level.IMAGE] * 3
-        assert [len(order.sop_instance_uids) for order in far.orders] == [10] * 3
+        assert [len(order.sop_instance_uids) for order in far.orders] == [8, 11, 11]
         gate.set()
     assert task.result() == RetrieveOutcome(0x0000, completed=30)
     assert set(far.sent.values()) == {1}

@@ -18,13 +18,21 @@ from dicomproxy.dataset.levels import (
 )
 from dicomproxy.dimse.association import Association, Message
 from dicomproxy.dimse.command import CommandField
+from dicomproxy.dimse.errors import AssociationTimeout
 from dicomproxy.dimse.layer import Limits
 from dicomproxy.dimse.negotiation import (
     EXPLICIT_VR_LITTLE_ENDIAN,
     IMPLICIT_VR_LITTLE_ENDIAN,
     UNCOMPRESSED,
 )
-from dicomproxy.ports import Failure, LocalAnswer, RetrieveOrder, RetrieveProgress, SourceError
+from dicomproxy.ports import (
+    Cancellation,
+    Failure,
+    LocalAnswer,
+    RetrieveOrder,
+    RetrieveProgress,
+    SourceError,
+)
 from dicomproxy.sources import local as local_module
 from dicomproxy.sources.archive import (
     PATIENT_ROOT_FIND,
@@ -355,6 +363,65 @@ async def test_closing_a_move_cancels_it_by_its_message_id() -> None:
         async with aclosing(at.moving(message_id=4711)) as steps:
             await first(steps)
         await within(seen.wait())
+
+
+async def test_cancelled_move_ends_by_the_final_response_of_the_pacs() -> None:
+    """One C-CANCEL is sent however often it is asked for; the PACS's counts come through."""
+    cancellation = Cancellation()
+    failed = Identifier()
+    failed.set_text(0x00080058, ("1.1",))
+    cancels: list[int] = []
+
+    async def handle(association: Association, message: Message) -> None:
+        if message.command.field == CommandField.C_FIND_RQ:
+            await succeed(association, message)
+            return
+        await send_pending(association, message, remaining=9)
+        got = await association.receive(SECONDS)
+        assert got.command.field == CommandField.C_CANCEL_RQ
+        cancels.append(got.command.responds_to)
+        with pytest.raises(AssociationTimeout):
+            await association.receive(SHORT)
+        counts = {"remaining": 6, "completed": 2, "failed": 1, "warning": 0}
+        await send_final(association, message, 0xFE00, failed, **counts)
+
+    async with pacs(StandIn(handle)) as at:
+        async with aclosing(at.moving(message_id=4711, cancellation=cancellation)) as steps:
+            assert cancellation.send is None
+            await first(steps)
+            assert cancellation.send is not None
+            cancellation.send()
+            cancellation.send()
+            (last,) = [step async for step in steps]
+            cancellation.send()  # too late: the association is not ours any more
+        assert len(await at.find(question())) == 1
+    assert cancels == [4711]
+    assert (last.final, last.status, last.remaining) == (True, 0xFE00, 6)
+    assert (last.completed, last.failed, last.failed_sop_instance_uids) == (2, 1, ("1.1",))
+
+
+@pytest.mark.parametrize("how", ["silent", "dies"])
+async def test_cancelled_move_without_an_end(how: str) -> None:
+    """A PACS that dies over the C-CANCEL is an error; a silent one can be left all the same."""
+    cancellation = Cancellation()
+
+    async def handle(association: Association, message: Message) -> None:
+        await send_pending(association, message, remaining=9)
+        await association.receive(SECONDS)
+        if how == "dies":
+            association.protocol.close_now()
+        await association.receive(SECONDS)
+
+    async with pacs(StandIn(handle), stall_timeout=SHORT) as at:
+        async with aclosing(at.moving(cancellation=cancellation)) as steps:
+            await first(steps)
+            assert cancellation.send is not None
+            cancellation.send()
+            with pytest.raises(SourceError) as caught:
+                await first(steps)
+        assert caught.value.failure is (Failure.ABORTED if how == "dies" else Failure.TIMEOUT)
+        for association in at.peer.associations:
+            association.abort()
 
 
 @pytest.mark.parametrize("pending", [0, 1])
