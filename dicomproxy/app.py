@@ -21,7 +21,7 @@ from dicomproxy.retrieval.flights import Flights
 from dicomproxy.services.operations import Operations
 from dicomproxy.snapshot import snapshot
 from dicomproxy.state import StateStore
-from dicomproxy.tasks import TaskOwner
+from dicomproxy.tasks import TaskOwner, log_tasks
 from dicomproxy.web import WebServer
 from dicomproxy.wiring import (
     Foundation,
@@ -145,16 +145,20 @@ class Application:
     # ----------------------------------------------------------------- running
 
     async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT; SIGHUP reloads. Then drain and stop."""
+        """Serve until SIGTERM or SIGINT, then drain and stop.
+
+        SIGHUP reloads, SIGUSR1 logs every task.
+        """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
         loop.add_signal_handler(signal.SIGHUP, self._hangup)
+        loop.add_signal_handler(signal.SIGUSR1, log_tasks)
         try:
             await self._stop.wait()
             await self.drain()
         finally:
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
                 loop.remove_signal_handler(number)
             await self.close()
 
@@ -183,6 +187,7 @@ class Application:
                 await self.operations.wait_idle()
         except TimeoutError:
             _log.warning("draining_aborted", operations=len(self.operations.running))
+            log_tasks()
 
     async def close(self) -> None:
         """Stop everything, in reverse."""

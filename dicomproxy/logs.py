@@ -26,7 +26,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
+from types import CodeType, TracebackType
 from typing import Any, Final, Literal, TextIO, cast
 
 import structlog
@@ -156,6 +156,14 @@ def error_fields(error: BaseException) -> dict[str, Any]:
     if stack:
         fields["stack"] = stack
     return fields
+
+
+def own_frame(code: CodeType, line: int) -> str:
+    """Return ``file:function:line`` of a frame of ours, nothing of another's."""
+    path = Path(code.co_filename)
+    if not path.is_relative_to(_OWN_CODE):
+        return ""
+    return f"{path.relative_to(_OWN_CODE)}:{code.co_name}:{line}"
 
 
 def loop_exception_handler(loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
@@ -327,10 +335,8 @@ def _type_name(error: BaseException) -> str:
 def _own_frames(traceback: TracebackType | None) -> Iterator[str]:
     """Yield ``file:function:line`` of our frames, outermost first."""
     while traceback is not None:
-        code = traceback.tb_frame.f_code
-        path = Path(code.co_filename)
-        if path.is_relative_to(_OWN_CODE):
-            yield f"{path.relative_to(_OWN_CODE)}:{code.co_name}:{traceback.tb_lineno}"
+        if frame := own_frame(traceback.tb_frame.f_code, traceback.tb_lineno):
+            yield frame
         traceback = traceback.tb_next
 
 

@@ -5,18 +5,24 @@ House rule: no task without an owner. Within one operation an
 housekeeping) belongs to a :class:`TaskOwner`, which holds strong references,
 reports crashes, and leaves nothing running when it is closed. Unlike in a
 TaskGroup, a task that crashes here does not take its siblings along.
+
+What is cancelled before its first step never runs, its ``finally`` included: what
+must be undone in any case belongs into a done callback.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from types import TracebackType
-from typing import Any, Self, TypeVar
+import gc
+from collections.abc import Coroutine, Iterator
+from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType, TracebackType
+from typing import Any, Final, Self, TypeVar
 
-from dicomproxy.logs import get_logger
+from dicomproxy.logs import get_logger, own_frame
 
 T = TypeVar("T")
+
+_MOST_FRAMES: Final = 40
 
 _log = get_logger()
 
@@ -102,3 +108,38 @@ class TaskOwner:
         # when the task is collected.
         if (error := task.exception()) is not None:
             _log.error("task_crashed", task=task.get_name(), error_type=type(error).__name__)
+
+
+def log_tasks() -> None:
+    """Log every task with the frames of ours that it waits in, outermost first.
+
+    For whoever wonders what a process is waiting for; on the event loop only.
+    """
+    for task in sorted(asyncio.all_tasks(), key=lambda task: task.get_name()):
+        frames = (own_frame(frame.f_code, frame.f_lineno) for frame in _frames(task))
+        _log.warning("task", task=task.get_name(), stack=[frame for frame in frames if frame])
+
+
+def _frames(task: asyncio.Task[Any]) -> Iterator[FrameType]:
+    """Yield the frames that *task* is suspended in; a task itself knows the outermost only."""
+    waiting: Any = task.get_coro()
+    for _ in range(_MOST_FRAMES):
+        match waiting:
+            case CoroutineType():
+                frame, waiting = waiting.cr_frame, waiting.cr_await
+            case AsyncGeneratorType():
+                frame, waiting = waiting.ag_frame, waiting.ag_await
+            case GeneratorType():
+                frame, waiting = waiting.gi_frame, waiting.gi_yieldfrom
+            case None | asyncio.Future():
+                return
+            case _:
+                # What a step of an asynchronous generator is awaited by does not say whose.
+                inner = (one for one in gc.get_referents(waiting) if isinstance(one, _SUSPENDED))
+                waiting = next(inner, None)
+                continue
+        if frame is not None:
+            yield frame
+
+
+_SUSPENDED: Final = (CoroutineType, AsyncGeneratorType, GeneratorType)

@@ -420,6 +420,21 @@ async def test_hangup_reloads(file: File, log_watch: LogWatch) -> None:
         await running_
 
 
+async def test_tasks_are_logged_when_asked_for(file: File, log_watch: LogWatch) -> None:
+    """SIGUSR1 says what the program waits for, and it goes on."""
+    application = await file.application()
+    await application.start()
+    running_ = asyncio.create_task(application.run(), name="main")
+    await asyncio.sleep(0)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    await settled(lambda: bool(log_watch.named("task")))
+    (line,) = (line for line in log_watch.named("task") if line["task"] == "main")
+    assert line["stack"][0].startswith("app.py:run:")
+    os.kill(os.getpid(), signal.SIGTERM)
+    async with asyncio.timeout(SECONDS):
+        await running_
+
+
 # ----------------------------------------------------------------- command line
 
 
