@@ -227,6 +227,12 @@ class Flight:
                 study_instance_uid=self.study_instance_uid,
                 **error_fields(error),
             )
+        if any(
+            uid not in failed and not self.available(subscription, uid) for uid in subscription.also
+        ):
+            # Found damaged after it had been decided that nothing more is to be had.
+            await self._walk(subscription)
+            return
         subscription.pending.clear()
         subscription.outcome = FlightOutcome(
             failed=failed,

@@ -805,6 +805,34 @@ async def test_damaged_instance_is_fetched_again(build: Build) -> None:
     assert sorted(north.sent) == held.instances[:2]
 
 
+async def test_instance_found_damaged_as_its_flight_ends_is_not_lost(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the store is told that it holds the whole study, one of it proves damaged."""
+    held = study(3)
+    north, ending, may_end = Archive("north", held), asyncio.Event(), asyncio.Event()
+    world, workstation = build(north), Workstation()
+    world.know(north)
+    set_complete = Lease.set_complete
+
+    async def slowly(lease: Lease, complete: bool) -> None:
+        ending.set()
+        await may_end.wait()
+        await set_complete(lease, complete)
+
+    monkeypatch.setattr(Lease, "set_complete", slowly)
+    workstation.gate = asyncio.Event()
+    async with running(world.operation(workstation)) as task:
+        await until(ending.is_set)
+        world.store.damaged[held.instances[2]] = 1
+        workstation.gate.set()
+        await until(lambda: len(workstation.received) == 2)
+        await settle()
+        may_end.set()
+    assert task.result() == RetrieveOutcome(0x0000, completed=3)
+    assert (north.sent[held.instances[2]], sorted(workstation.received)) == (2, held.instances)
+
+
 async def test_instance_damaged_twice_is_failed(build: Build) -> None:
     """It is fetched again once, not for ever."""
     held = study(2)
