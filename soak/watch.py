@@ -31,7 +31,13 @@ _FORBIDDEN: Final = frozenset(
     }
 )
 _LEAST_SAMPLES: Final = 60
-"""Memory is judged only by a run that is long enough to have a level."""
+"""Memory is judged only by a run that is long enough to have a level.
+
+In its first two or three minutes a proxy grows by some 10 MB: blocks for data in
+flight are made when first needed, and the allocator keeps what it was given. A
+short run shows that as a slope; over minutes that follow there is none, and the
+number of objects stays what it was.
+"""
 _GROWTH_BYTES: Final = 16_000_000
 _PEAK_BYTES: Final = 200_000_000
 _IN_FLIGHT_BYTES: Final = 16_000_000
