@@ -14,8 +14,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from struct import Struct
-from typing import Final, Protocol
+from typing import Final
 
 from dicomproxy.dimse.blocks import BlockPool
 from dicomproxy.dimse.command import Command, decode_command
@@ -28,7 +27,7 @@ from dicomproxy.dimse.errors import (
     AssociationTimeout,
     NoContext,
 )
-from dicomproxy.dimse.framing import Fragment
+from dicomproxy.dimse.framing import PDV_HEAD, Fragment, message_pdus
 from dicomproxy.dimse.machine import State
 from dicomproxy.dimse.negotiation import Context, accepted_contexts
 from dicomproxy.dimse.pdu import (
@@ -42,60 +41,21 @@ from dicomproxy.dimse.pdu import (
     ReleaseRequest,
     ReleaseResponse,
 )
+from dicomproxy.dimse.sinks import BytesSink, DataSource, Sink
 from dicomproxy.dimse.transport import AssociationProtocol
 
-_PDV_HEAD: Final = Struct(">BxLLBB")  # a P-DATA-TF of one PDV: both headers
-_HEAD_BYTES: Final = _PDV_HEAD.size
+__all__ = [
+    "Association",
+    "BytesSink",
+    "DataSource",
+    "Message",
+    "MessageLimits",
+    "Sink",
+    "SinkFor",
+]
+
+_HEAD_BYTES: Final = PDV_HEAD.size
 _LEAST_PDU_BYTES: Final = 16
-
-
-class Sink(Protocol):
-    """Takes a data set as it arrives; all calls come from the event loop, in order."""
-
-    def write(self, segments: Sequence[memoryview], release: Callable[[], None]) -> None:
-        """Take bytes; *release* is to be called on the loop once they are no longer needed."""
-        ...
-
-    def discard(self) -> None:
-        """The rest will not come."""
-        ...
-
-
-class DataSource(Protocol):
-    """Gives a data set of known size."""
-
-    @property
-    def size(self) -> int: ...
-
-    async def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Fill *buffers* in order from byte *offset*; return how much was read."""
-        ...
-
-
-class BytesSink:
-    """Collects a small data set, an identifier; what exceeds *limit_bytes* is dropped."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self.too_long = False
-        self._limit = limit_bytes
-        self._parts = bytearray()
-
-    def write(self, segments: Sequence[memoryview], release: Callable[[], None]) -> None:
-        for segment in segments:
-            if len(self._parts) + len(segment) > self._limit:
-                self.too_long = True
-                self._parts.clear()
-                self._limit = 0
-            else:
-                self._parts += segment
-        release()
-
-    def discard(self) -> None:
-        self._parts.clear()
-
-    @property
-    def data(self) -> bytes:
-        return bytes(self._parts)
 
 
 @dataclass(slots=True)
@@ -277,16 +237,17 @@ class Association:
                 deadline; then the association is aborted.
             OSError: *data* broke off or could not be read; the association is aborted.
         """
+        if data is None or isinstance(data, bytes):
+            await self.send_all(context, ((command, data),))
+            return
         encoded = command.encode()
         async with self._sending:
             self._check_sendable()
             try:
-                if data is None or isinstance(data, bytes):
-                    self._write_small(context.context_id, encoded, data)
-                    await self._drain()
-                else:
-                    self._write_small(context.context_id, encoded, None)
-                    await self._send_stream(context.context_id, data)
+                self.protocol.write(
+                    message_pdus(context.context_id, encoded, None, self._pdu_bytes)
+                )
+                await self._send_stream(context.context_id, data)
             except AssociationError:
                 raise
             except BaseException:
@@ -304,23 +265,17 @@ class Association:
         Raises:
             AssociationError: as for :meth:`send`.
         """
+        parts: list[bytes] = []
+        last: Command | None = None
+        encoded = b""
+        for command, data in messages:
+            if command is not last:
+                last, encoded = command, command.encode()
+            parts.append(message_pdus(context.context_id, encoded, data, self._pdu_bytes))
         async with self._sending:
             self._check_sendable()
-            parts: list[bytes] = []
-            last: Command | None = None
-            encoded = b""
-            for command, data in messages:
-                if command is not last:
-                    last, encoded = command, command.encode()
-                self._lay_out_small(parts, context.context_id, encoded, data)
             self.protocol.write(b"".join(parts))
-            try:
-                await self._drain()
-            except AssociationError:
-                raise
-            except BaseException:
-                self.abort()
-                raise
+            await self._drain()
         self.messages_sent += len(messages)
 
     def send_now(self, context: Context, command: Command) -> bool:
@@ -329,7 +284,9 @@ class Association:
             return False
         if not self.protocol.machine.may_send_data():
             return False
-        self._write_small(context.context_id, command.encode(), None)
+        self.protocol.write(
+            message_pdus(context.context_id, command.encode(), None, self._pdu_bytes)
+        )
         self.messages_sent += 1
         return True
 
@@ -349,29 +306,6 @@ class Association:
         # some receivers give up on others (PS3.7 Annex F).
         return most & ~1
 
-    def _write_small(self, context_id: int, command: bytes, data: bytes | None) -> None:
-        parts: list[bytes] = []
-        self._lay_out_small(parts, context_id, command, data)
-        self.protocol.write(b"".join(parts))
-
-    def _lay_out_small(
-        self, parts: list[bytes], context_id: int, command: bytes, data: bytes | None
-    ) -> None:
-        chunk = self._pdu_bytes - _HEAD_BYTES
-        for control, body in ((1, command), (0, data)):
-            if body is None:
-                continue
-            for at in range(0, max(len(body), 1), chunk):
-                piece = body[at : at + chunk]
-                last = at + chunk >= len(body)
-                size = len(piece) + 2
-                parts.append(
-                    _PDV_HEAD.pack(
-                        PduType.P_DATA_TF, size + 4, size, context_id, control | (2 if last else 0)
-                    )
-                )
-                parts.append(piece)
-
     async def _send_stream(self, context_id: int, data: DataSource) -> None:
         size = data.size
         pdu_bytes = self._pdu_bytes
@@ -384,7 +318,7 @@ class Association:
             raise AssociationTimeout("memory for sending") from None
         try:
             per_block = self._send_pool.block_bytes // pdu_bytes
-            full = _PDV_HEAD.pack(PduType.P_DATA_TF, chunk + 6, chunk + 2, context_id, 0)
+            full = PDV_HEAD.pack(PduType.P_DATA_TF, chunk + 6, chunk + 2, context_id, 0)
             laid_out = 0  # PDUs of the block whose head is that of a full one
             offset = 0
             while True:
@@ -398,7 +332,7 @@ class Association:
                     length = chunk
                     if is_last and number == count - 1:
                         length = tail
-                        block.view[at : at + _HEAD_BYTES] = _PDV_HEAD.pack(
+                        block.view[at : at + _HEAD_BYTES] = PDV_HEAD.pack(
                             PduType.P_DATA_TF, length + 6, length + 2, context_id, 2
                         )
                     elif number >= laid_out:
@@ -425,8 +359,13 @@ class Association:
                 self._closed.add_done_callback(lambda _: self._send_pool.release(block))
 
     async def _drain(self) -> None:
-        """Wait until the kernel has everything, as long as some of it is taken."""
-        if not await self.protocol.drained(self._stall_seconds):
+        """Wait until the kernel has everything, as long as some of it is taken; else abort."""
+        try:
+            taken = await self.protocol.drained(self._stall_seconds)
+        except BaseException:
+            self.abort()
+            raise
+        if not taken:
             self.abort()
             self.protocol.close_now()
             raise AssociationTimeout("sending")

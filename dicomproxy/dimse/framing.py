@@ -1,4 +1,4 @@
-"""From a stream of bytes to PDUs, the same however the bytes are split (PS3.8 9.3).
+"""From a stream of bytes to PDUs, the same however the bytes are split, and back (PS3.8 9.3).
 
 P-DATA-TF is never assembled: each piece of a presentation data value (PDV) is
 handed on as a view of the caller's own buffer, valid until the next call, so
@@ -23,6 +23,8 @@ from dicomproxy.dimse.pdu import (
 
 PDU_HEADER_BYTES: Final = 6
 PDV_HEADER_BYTES: Final = 6
+PDV_HEAD: Final = struct.Struct(">BxLLBB")
+"""Of a P-DATA-TF with one PDV: both headers."""
 _TOLERANCE_BYTES: Final = 6  # some senders leave the PDU header out of their arithmetic
 _FIXED_LIMIT: Final = 1024  # RJ, release and abort have 4 bytes; leave room for oddities
 
@@ -157,3 +159,25 @@ class Framer:
         if 0 < self._pdu_left - self._pdv_left < PDV_HEADER_BYTES:
             raise ProtocolError("bytes left over behind the last PDV")
         return self._pdv_left == 0 and bool(control & 2)
+
+
+def message_pdus(context_id: int, command: bytes, data: bytes | None, max_bytes: int) -> bytes:
+    """Return a small message as P-DATA-TF PDUs of one PDV each.
+
+    Args:
+        max_bytes: of a PDU, its header included.
+    """
+    chunk = max_bytes - PDV_HEAD.size
+    parts: list[bytes] = []
+    for control, body in ((1, command), (0, data)):
+        if body is None:
+            continue
+        for at in range(0, max(len(body), 1), chunk):
+            piece = body[at : at + chunk]
+            size = len(piece) + 2
+            last = 2 if at + chunk >= len(body) else 0
+            parts.append(
+                PDV_HEAD.pack(PduType.P_DATA_TF, size + 4, size, context_id, control | last)
+            )
+            parts.append(piece)
+    return b"".join(parts)

@@ -551,6 +551,27 @@ async def test_send_now_sends_only_between_messages() -> None:
         assert association.send_now(context, cancel(7)) is False
 
 
+async def test_messages_sent_in_one_go_arrive_whole_and_in_order() -> None:
+    """One write for all of them; a command given twice, and one between, are each their own."""
+    writes: list[int] = []
+
+    async def takes(peer: RawPeer, _gate: asyncio.Event) -> None:
+        got = [(await peer.expect_message())[1:] for _ in range(4)]
+        assert got == [(STORE, b"1" * 10), (STORE, b"2" * 9), (cancel(7), b""), (STORE, b"3" * 8)]
+        await peer.released()
+
+    async with staged(takes) as stage:
+        association = stage.association
+        write = association.protocol.write
+        association.protocol.write = lambda data: (writes.append(len(data)), write(data))[1]  # type: ignore[method-assign]
+        await association.send_all(
+            association.context_for(CT),
+            [(STORE, b"1" * 10), (STORE, b"2" * 9), (cancel(7), None), (STORE, b"3" * 8)],
+        )
+        assert (len(writes), association.messages_sent) == (1, 4)
+        await association.release(8.0)
+
+
 async def test_message_ids_go_round() -> None:
     """A Message ID is never 0 and never more than an US holds."""
 
