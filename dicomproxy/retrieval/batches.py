@@ -18,7 +18,7 @@ from dicomproxy.retrieval.selection import Selection
 MAX_UIDS: Final = 100
 """How many instances one order names: archives put them into one database query."""
 
-FIRST_UIDS: Final = 8
+FIRST_UIDS: Final = 4
 """How many are asked for before the listing is complete: archives look up every UID
 of a list before they send anything, and somebody waits for the first instance."""
 
@@ -58,7 +58,7 @@ def orders_for_missing(
     *,
     patient_id: str = "",
     finest: Level = Level.IMAGE,
-    at_once: int = 1,
+    spread_over: int = 0,
     outstanding: int = 0,
 ) -> list[RetrieveOrder]:
     """Return orders that together ask for *missing*, and for nothing else if *finest* allows.
@@ -70,15 +70,15 @@ def orders_for_missing(
             Class UIDs (empty where unknown).
         patient_id: for holders that want it with every order.
         finest: the lowest level that this holder can be asked at.
-        at_once: how many orders it is to work on at the same time; above 1 what
-            is missing is spread over as many lists, even where it is a whole series.
+        spread_over: how many orders it is to work on at the same time; what is missing
+            is spread over as many lists then, even where it is a whole series.
         outstanding: what orders already under way have still to bring.
     """
     wanted = {series: list(dict.fromkeys(uids)) for series, uids in missing.items() if uids}
     if not wanted:
         return []
-    if at_once > 1 and finest is Level.IMAGE:
-        size = list_length(sum(map(len, wanted.values())), outstanding, at_once)
+    if spread_over and finest is Level.IMAGE:
+        size = list_length(sum(map(len, wanted.values())), outstanding, spread_over)
         return lists_of(study_instance_uid, wanted, listed, size, patient_id=patient_id)
     whole = {series for series, uids in wanted.items() if set(uids) == set(listed.get(series, ()))}
     everything = {series for series, uids in listed.items() if uids}
@@ -108,10 +108,13 @@ def lists_of(
     orders: list[RetrieveOrder] = []
     for series, uids in wanted.items():
         known = listed.get(series, {})
-        # A remainder of a few is better spread than asked for by itself.
-        lists = max(1, round(len(uids) / size)) if len(uids) <= MAX_UIDS else -(-len(uids) // size)
-        even = min(MAX_UIDS, -(-len(uids) // lists))
-        orders.extend(_lists(study_instance_uid, series, uids, known, patient_id, even))
+        lists = -(-len(uids) // size)
+        if lists > 1 and len(uids) - (lists - 1) * size < size / 4 and size < MAX_UIDS:
+            lists -= 1  # a remainder of a few is better spread than asked for by itself
+            size_here = min(MAX_UIDS, -(-len(uids) // lists))
+        else:
+            size_here = size
+        orders.extend(_lists(study_instance_uid, series, uids, known, patient_id, size_here))
     # The longest first, so that they do not end long after the others.
     return sorted(orders, key=lambda order: -len(order.sop_instance_uids))
 

@@ -195,7 +195,7 @@ class Flight:
         standings: dict[str, Standing] = {}
         legs = [self._leg(holder) for holder in subscription.holders]
         for leg in legs:
-            leg.prepare()
+            leg.prepare(subscription.selection.series_instance_uids)
         self.relist()
         for number, leg in enumerate(legs):
             last = number == len(legs) - 1

@@ -8,9 +8,10 @@ Leaving is counted, and the last one to leave ends the flight.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter as Tallies
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import Final
@@ -82,6 +83,8 @@ class Flights:
         self._recent: OrderedDict[str, None] = OrderedDict()
         self._running: dict[str, list[RetrieveOrder]] = {}
         self._paces: dict[str, Pace] = {}
+        self._served: dict[str, Tallies[object]] = {}
+        self._series: OrderedDict[tuple[str, str], tuple[str, ...]] = OrderedDict()
 
     def pace(self, source: str) -> Pace:
         """Return what was seen of *source* so far."""
@@ -191,6 +194,36 @@ class Flights:
         """Undo :meth:`order_started`."""
         running = self._running[source]
         running[:] = [other for other in running if other is not order]
+
+    @contextmanager
+    def sharing(self, source: str, study: object) -> Iterator[None]:
+        """Count *study* among those that are fetched from *source*, once however often."""
+        served = self._served.setdefault(source, Tallies())
+        served[study] += 1
+        try:
+            yield
+        finally:
+            served[study] -= 1
+            if not served[study]:
+                del served[study]
+
+    def shared_by(self, source: str) -> int:
+        """Return how many studies are fetched from *source* at this moment."""
+        return len(self._served.get(source, ()))
+
+    def remember_series(
+        self, study_instance_uid: str, source: str, series_instance_uids: Iterable[str]
+    ) -> None:
+        """Remember what a source listed, so that less need be asked in turn next time."""
+        key = study_instance_uid, source
+        self._series[key] = tuple(series_instance_uids)
+        self._series.move_to_end(key)
+        if len(self._series) > _MAX_REMEMBERED:
+            self._series.popitem(last=False)
+
+    def listed_series(self, study_instance_uid: str, source: str) -> tuple[str, ...]:
+        """Return the series that a source listed lately; there may be others by now."""
+        return self._series.get((study_instance_uid, source), ())
 
     def pause(self, study_instance_uid: str, source: str, missing: dict[str, str]) -> None:
         """Do not ask *source* for the study again for a while.

@@ -21,9 +21,15 @@ from dicomproxy.ports import (
     RetrieveProgress,
     SourceError,
 )
-from dicomproxy.retrieval.batches import orders_for_missing, orders_for_selection
+from dicomproxy.retrieval.batches import (
+    MAX_UIDS,
+    early_length,
+    lists_of,
+    orders_for_missing,
+    orders_for_selection,
+)
 from dicomproxy.retrieval.holder import Holder, Standing
-from dicomproxy.retrieval.manifest import Manifest, closing, load_manifest
+from dicomproxy.retrieval.manifest import Listing, Manifest, closing, load_manifest
 from dicomproxy.retrieval.pace import FAR_SECONDS, orders_at_once
 from dicomproxy.retrieval.selection import Selection, selection_of
 
@@ -76,6 +82,8 @@ class Leg:
         self.conflict = False
         self.paused_missing = paused_missing
         self._loading = False
+        self._listing: Listing = {}
+        self._rows = 0
         self._loaded_at = float("-inf")
         self._failed_at: float | None = None
         self._unreachable: Failure | None = None
@@ -118,8 +126,11 @@ class Leg:
 
     # ------------------------------------------------------------ serving
 
-    def prepare(self) -> None:
-        """Ask for the manifest unless it is being asked for or was just given."""
+    def prepare(self, likely: Collection[str] = ()) -> None:
+        """Ask for the manifest unless it is being asked for or was just given.
+
+        *likely* are Series Instance UIDs that somebody believes are there.
+        """
         now = asyncio.get_running_loop().time()
         pause = self._settings.retry_pause_seconds
         if self._failed_at is not None and not self._orders and now - self._failed_at >= pause:
@@ -130,7 +141,7 @@ class Leg:
             self._units.clear()
         fresh = now - self._loaded_at < MANIFEST_FRESH_SECONDS
         if self.paused_missing is None and not (self._loading or self.conflict or fresh):
-            self._load()
+            self._load(likely)
 
     async def serve(self, subscription: Subscription, *, last: bool) -> Standing:
         """Return once nothing more can be had from this holder for *subscription*.
@@ -140,16 +151,17 @@ class Leg:
         """
         if self.paused_missing is not None:
             return self._paused(subscription)
-        while True:
-            subscription.wake.clear()
-            step = self._decide(subscription, last)
-            if isinstance(step, Standing):
-                return step
-            limit = max(self._at_once_limit(), MAX_ORDERS if self._is_near() else 1)
-            for order in step[: max(0, limit - len(self._orders))]:
-                self._start(order)
-            # Orders and manifests end by the source's own deadlines, and wake us.
-            await subscription.wake.wait()
+        with self._flight.flights.sharing(self.name, self):
+            while True:
+                subscription.wake.clear()
+                step = self._decide(subscription, last)
+                if isinstance(step, Standing):
+                    return step
+                limit = max(self._at_once_limit(), MAX_ORDERS if self._is_near() else 1)
+                for order in step[: max(0, limit - len(self._orders))]:
+                    self._start(order)
+                # Orders and manifests end by the source's own deadlines, and wake us.
+                await subscription.wake.wait()
 
     def _paused(self, subscription: Subscription) -> Standing:
         """Serve from what is held, since this holder failed a moment ago."""
@@ -175,10 +187,14 @@ class Leg:
 
     def _at_once(self, subscription: Subscription) -> list[RetrieveOrder]:
         """Order what can be ordered before the manifest is known: what is surely not here."""
-        wanted = subscription.selection
-        if subscription.is_narrowed or subscription.listed or self._gave_up:
+        if self._gave_up:
             return []
-        if self.holder.source.wants_sop_classes or self._at_once_limit() > 1:
+        if self._spreads():
+            return self._listed_so_far(subscription)
+        wanted = subscription.selection
+        if subscription.is_narrowed or subscription.listed:
+            return []
+        if self.holder.source.wants_sop_classes:
             return []  # better ordered once the instances are known
         held = self._flight.lease.instances
         if wanted.level is Level.STUDY:
@@ -207,6 +223,35 @@ class Leg:
         if not missing or self._units:
             return []
         return self._for_selection(Selection(Level.IMAGE, wanted.series_instance_uids, missing))
+
+    def _listed_so_far(self, subscription: Subscription) -> list[RetrieveOrder]:
+        """Order some of what has been listed while more is being listed."""
+        fetchable = self._fetchable(
+            {
+                uid: series
+                for series, uids in self._listing.items()
+                for uid in uids
+                if subscription.selection.covers(series, uid)
+                and not subscription.is_excluded(series, uid)
+                and not self._flight.available(subscription, uid)
+            },
+            limit=1,
+        )
+        at_once = self._at_once_limit()
+        running = len(self._orders)
+        length = early_length(sum(map(len, fetchable.values())), running, at_once)
+        if not length or self._finest is not Level.IMAGE:
+            return []
+        if not running:
+            series, uids = next(iter(fetchable.items()))
+            fetchable = {series: uids[:length]}
+        return lists_of(
+            self._flight.study_instance_uid,
+            fetchable,
+            self._listing,
+            length,
+            patient_id=self.holder.patient_id,
+        )
 
     def _decide_proven(
         self, subscription: Subscription, manifest: Manifest, limit: int
@@ -285,35 +330,53 @@ class Leg:
             and not self._flight.available(subscription, uid)
         }
         subscription.pending = set(missing)
-        waiting = False
-        fetchable: dict[str, list[str]] = {}
-        for uid, series in missing.items():
-            if uid in self._refused:
-                continue
-            if self._covers(series, uid):
-                waiting = True
-            elif self._attempts.get(uid, 0) < limit:
-                fetchable.setdefault(series, []).append(uid)
+        waiting = any(
+            self._covers(series, uid) for uid, series in missing.items() if uid not in self._refused
+        )
         orders = orders_for_missing(
             self._flight.study_instance_uid,
-            fetchable,
+            self._fetchable(missing, limit),
             self.manifest.series if self.manifest is not None else {},
             patient_id=self.holder.patient_id,
             finest=self._finest,
-            at_once=self._at_once_limit(),
+            spread_over=self._at_once_limit() if self._spreads() else 0,
+            outstanding=sum(
+                len(running.selection.sop_instance_uids - running.arrived)
+                for running in self._orders
+            ),
         )
         return orders, waiting, missing
 
+    def _fetchable(self, missing: dict[str, str], limit: int) -> dict[str, list[str]]:
+        """Return what of *missing* may be asked for now, by series."""
+        fetchable: dict[str, list[str]] = {}
+        for uid, series in missing.items():
+            if uid in self._refused or self._covers(series, uid):
+                continue
+            if self._attempts.get(uid, 0) < limit:
+                fetchable.setdefault(series, []).append(uid)
+        return fetchable
+
     def _at_once_limit(self) -> int:
-        """Return how many orders this holder is to have under way."""
+        """Return how many orders this holder is to have under way.
+
+        Studies that are fetched from it at the same time share its ceiling: many
+        short lists of each would cost more round trips than they hide.
+        """
         source = self.holder.source
-        pace = self._flight.flights.pace(self.name)
+        flights = self._flight.flights
         return orders_at_once(
-            source.round_trip_seconds, pace.seconds_per_instance, source.parallel_retrieves
+            source.round_trip_seconds,
+            flights.pace(self.name).seconds_per_instance,
+            max(1, source.parallel_retrieves // max(1, flights.shared_by(self.name))),
         )
 
     def _is_near(self) -> bool:
         return self.holder.source.round_trip_seconds < FAR_SECONDS
+
+    def _spreads(self) -> bool:
+        """Whether it is asked by lists of instances, several at a time."""
+        return not self._is_near() and self.holder.source.parallel_retrieves > 1
 
     def _units_for(self, subscription: Subscription) -> list[str]:
         """Return what has to be fetched whole: Series Instance UIDs, or "" for the study."""
@@ -510,10 +573,13 @@ class Leg:
 
     # ----------------------------------------------------------- manifest
 
-    def _load(self) -> None:
+    def _load(self, likely: Collection[str] = ()) -> None:
         self._loading = True
         self._fetched = False
+        self._listing, self._rows = {}, 0
         lease = self._flight.lease
+        if not likely:
+            likely = self._flight.flights.listed_series(self._flight.study_instance_uid, self.name)
         known = self.manifest.listed(Selection()) if self.manifest is not None else {}
         # What arrives from now on may be newer than the listing that is coming.
         self._vanishable = {
@@ -521,12 +587,23 @@ class Leg:
             for uid, instance in list(lease.instances.items())
             if instance.source == self.name and (uid in known or uid in self._flight.initial)
         }
-        self._flight.spawn(self._load_manifest(), f"manifest:{self.name}")
+        self._flight.spawn(self._load_manifest(likely), f"manifest:{self.name}")
 
-    async def _load_manifest(self) -> None:
+    def _row_listed(self) -> None:
+        """Let it be decided at the first row, and whenever a list may be full."""
+        self._rows += 1
+        if self.manifest is None and self._rows % MAX_UIDS in (0, 1):
+            self._flight.wake()
+
+    async def _load_manifest(self, likely: Collection[str]) -> None:
         try:
             manifest = await load_manifest(
-                self.holder.source, self._flight.study_instance_uid, interactive=True
+                self.holder.source,
+                self._flight.study_instance_uid,
+                interactive=True,
+                series=likely,
+                into=self._listing,
+                progress=self._row_listed,
             )
             await self._take(manifest)
         except SourceError as error:
@@ -554,6 +631,7 @@ class Leg:
             await flight.patient_changed(self, manifest.patient_id)
             return
         self.manifest = manifest
+        flight.flights.remember_series(flight.study_instance_uid, self.name, manifest.series)
         if not manifest.held:
             flight.not_held(self.name)
         if manifest.verified:

@@ -1184,11 +1184,11 @@ async def test_a_far_source_is_asked_on_several_associations(build: Build) -> No
     async with running(world.operation(workstation)) as task:
         await until(lambda: len(far.orders) == 3)
         assert [order.level for order in far.orders] == [Level.IMAGE] * 3
-        assert [len(order.sop_instance_uids) for order in far.orders] == [8, 11, 11]
+        assert [len(order.sop_instance_uids) for order in far.orders] == [4, 10, 10]
         gate.set()
     assert task.result() == RetrieveOutcome(0x0000, completed=30)
     assert set(far.sent.values()) == {1}
-    assert len(far.orders) == 3
+    assert len(far.orders) == 4
 
 
 async def test_a_far_source_that_refuses_lists_is_asked_so_once(build: Build) -> None:

@@ -55,7 +55,7 @@ def test_pace_follows_what_instances_take() -> None:
 SERIES = st.lists(st.integers(1, 2 * MAX_UIDS + 30), min_size=1, max_size=6)
 
 
-@given(sizes=SERIES, at_once=st.integers(2, 16))
+@given(sizes=SERIES, at_once=st.integers(1, 16))
 def test_lists_ask_for_everything_once(sizes: list[int], at_once: int) -> None:
     """Each instance is on exactly one list, each list in one series and of legal length."""
     listed = {
@@ -63,7 +63,7 @@ def test_lists_ask_for_everything_once(sizes: list[int], at_once: int) -> None:
         for series, size in enumerate(sizes)
     }
     missing = {series: list(uids) for series, uids in listed.items()}
-    orders = orders_for_missing("0", missing, listed, at_once=at_once)
+    orders = orders_for_missing("0", missing, listed, spread_over=at_once)
     assert {order.level for order in orders} == {Level.IMAGE}
     asked = [uid for order in orders for uid in order.sop_instance_uids]
     assert sorted(asked) == sorted(uid for uids in missing.values() for uid in uids)
@@ -77,7 +77,7 @@ def test_lists_ask_for_everything_once(sizes: list[int], at_once: int) -> None:
 def test_one_series_is_spread_evenly() -> None:
     """Three associations get a third each, so that they end together."""
     uids = {f"1.{number}": "CT" for number in range(300)}
-    orders = orders_for_missing("0", {"1": list(uids)}, {"1": uids}, at_once=3)
+    orders = orders_for_missing("0", {"1": list(uids)}, {"1": uids}, spread_over=3)
     assert [len(order.sop_instance_uids) for order in orders] == [100, 100, 100]
 
 
@@ -128,17 +128,26 @@ def test_early_length(listed: int, running: int, at_once: int, length: int) -> N
     assert early_length(listed, running, at_once) == length
 
 
+def test_whoever_has_done_a_short_list_gets_the_rest() -> None:
+    """Those that begin now are given what it takes until all end, and it a little less."""
+    uids = {f"1.{number}": "CT" for number in range(295)}
+    orders = orders_for_missing("0", {"1": list(uids)}, {"1": uids}, spread_over=3, outstanding=5)
+    assert [len(order.sop_instance_uids) for order in orders] == [100, 100, 95]
+
+
 def test_small_series_are_not_split() -> None:
     """Where there are series enough for all associations, each is one list."""
     listed = {str(s): {f"{s}.{n}": "" for n in range(10)} for s in range(8)}
     missing = {series: list(uids) for series, uids in listed.items()}
-    assert len(orders_for_missing("0", missing, listed, at_once=4)) == 8
+    assert len(orders_for_missing("0", missing, listed, spread_over=4)) == 8
 
 
 def test_an_archive_without_uid_lists_is_asked_as_it_can_be() -> None:
     """Below its finest level nothing is asked for, however far it is."""
     listed = {"1": {"1.1": "", "1.2": ""}, "2": {"2.1": ""}}
-    orders = orders_for_missing("0", {"1": ["1.1", "1.2"]}, listed, finest=Level.SERIES, at_once=4)
+    orders = orders_for_missing(
+        "0", {"1": ["1.1", "1.2"]}, listed, finest=Level.SERIES, spread_over=4
+    )
     assert [(order.level, order.series_instance_uids) for order in orders] == [
         (Level.SERIES, ("1",))
     ]
