@@ -381,6 +381,13 @@ class InstanceStore(Protocol):
         """Raises FileNotFoundError or Refused("damaged") if it is no longer whole."""
         ...
 
+    async def open_several(
+        self, instances: Sequence[CachedInstance]
+    ) -> list[InstanceReader | None]:
+        """Open a few before their turn, at the price of one; None for those that
+        need :meth:`open`, which also says what is wrong with them. Raises nothing."""
+        ...
+
     def count_hits(self, count: int) -> None:
         """Count instances that were wanted and held."""
         ...

@@ -1,12 +1,16 @@
-"""Instances opened for sending: from their file, off the loop, or from memory.
+"""Instances opened for sending: from their file, or from memory.
 
-Reading goes to a small pool of threads. A file that was unlinked or replaced
-while it is open is read to its end all the same.
+What the page cache holds is copied on the loop's thread, by a read that gives
+up where it would have to wait (RWF_NOWAIT): that costs less than telling
+another thread to do it. What has to come from the disk is read by a small pool
+of threads, and so is everything on file systems without such reads. A file that
+was unlinked or replaced while it is open is read to its end all the same.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
@@ -18,13 +22,18 @@ from dicomproxy.cache.vectors import MOST_BUFFERS, skip
 from dicomproxy.ports import CachedInstance
 
 _PIECE_BYTES: Final = 1024 * 1024
+_NO_WAIT: Final[int | None] = getattr(os, "RWF_NOWAIT", None)
+_READ_AHEAD_BYTES: Final = 4 * 1024 * 1024
+_MOST_UNWANTED: Final = 8
+_UNWANTED_SECONDS: Final = 0.1
+_UNSUPPORTED: Final = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
 
 
 class NotWhole(Exception):
     """The file is not what the journal says it is."""
 
 
-def open_whole(path: Path, instance: CachedInstance, *, check_crc: bool) -> int:
+def open_whole(path: Path | str, instance: CachedInstance, *, check_crc: bool) -> int:
     """Open an instance's file after checking its size and, if asked, its CRC.
 
     Returns:
@@ -47,6 +56,25 @@ def open_whole(path: Path, instance: CachedInstance, *, check_crc: bool) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def open_ahead(wanted: Iterable[tuple[str, CachedInstance]]) -> list[int | None]:
+    """Open files that will be read soon, and have the disk begin; None for one that is not whole.
+
+    Their CRCs are not looked at. Never raises.
+    """
+    fds: list[int | None] = []
+    for path, instance in wanted:
+        try:
+            fd = open_whole(path, instance, check_crc=False)
+        except (NotWhole, OSError):
+            fds.append(None)
+            continue
+        fds.append(fd)
+        if hasattr(os, "posix_fadvise"):
+            length = min(instance.data_set_offset + instance.size, _READ_AHEAD_BYTES)
+            os.posix_fadvise(fd, 0, length, os.POSIX_FADV_WILLNEED)
+    return fds
 
 
 def whole_instances(directory: Path, instances: Iterable[CachedInstance]) -> set[str]:
@@ -79,6 +107,60 @@ def _crc32(fd: int, offset: int) -> int | None:
     return crc
 
 
+class Files:
+    """What the readers of one cache share.
+
+    Args:
+        pool: threads that read, open and close.
+    """
+
+    def __init__(self, pool: Executor) -> None:
+        self.pool = pool
+        self.at_once = _NO_WAIT is not None
+        """Whether what is in memory can be read without waiting; false once it was refused."""
+        self._unwanted: list[int] = []
+        self._timer: asyncio.TimerHandle | None = None
+
+    def close(self, fd: int) -> None:
+        """Close *fd* soon, off the loop, along with others.
+
+        The last one to close an unlinked file frees its blocks, which takes a while.
+        """
+        self._unwanted.append(fd)
+        if len(self._unwanted) >= _MOST_UNWANTED:
+            self.flush()
+        elif self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(_UNWANTED_SECONDS, self.flush)
+
+    def flush(self) -> None:
+        """Have what is to be closed closed now."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        unwanted, self._unwanted = self._unwanted, []
+        if not unwanted:
+            return
+        try:
+            self.pool.submit(_close_all, unwanted)
+        except RuntimeError:  # the pool has been shut down
+            _close_all(unwanted)
+
+    def read_at_once(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        """Read what can be had without waiting for a disk; none, if nothing can."""
+        if not self.at_once or len(buffers) > MOST_BUFFERS:
+            return 0
+        try:
+            return os.preadv(fd, buffers, offset, _NO_WAIT or 0)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            self.at_once = False  # this file system has no such reads
+            return 0
+
+
 class FileReader:
     """Reads the data set of one file.
 
@@ -88,11 +170,11 @@ class FileReader:
     """
 
     def __init__(
-        self, fd: int, instance: CachedInstance, pool: Executor, on_close: Callable[[], None]
+        self, fd: int, instance: CachedInstance, files: Files, on_close: Callable[[], None]
     ) -> None:
         self._fd = fd
         self._instance = instance
-        self._pool = pool
+        self._files = files
         self._on_close = on_close
         self._reading = 0
         self._closed = False
@@ -113,13 +195,20 @@ class FileReader:
         """
         if self._closed:
             raise OSError("the reader is closed")
+        at = offset + self._instance.data_set_offset
+        wanted = min(sum(map(len, buffers)), self.size - offset)
+        done = self._files.read_at_once(self._fd, buffers, at)
+        if done >= wanted:
+            return done
+        rest = list(buffers)
+        skip(rest, done)
         self._reading += 1
         try:
             job = asyncio.get_running_loop().run_in_executor(
-                self._pool, _read, self._fd, buffers, offset + self._instance.data_set_offset
+                self._files.pool, _read, self._fd, rest, at + done
             )
             try:
-                return await asyncio.shield(job)
+                return done + await asyncio.shield(job)
             except asyncio.CancelledError:
                 await _ended(job)
                 raise
@@ -136,12 +225,13 @@ class FileReader:
     def _close_if_idle(self) -> None:
         if not self._closed or self._reading:
             return
-        try:
-            # The last one to close an unlinked file frees its blocks, which takes a while.
-            self._pool.submit(os.close, self._fd)
-        except RuntimeError:  # the pool has been shut down
-            os.close(self._fd)
+        self._files.close(self._fd)
         self._on_close()
+
+
+def _close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 async def _ended(job: asyncio.Future[int]) -> None:

@@ -11,8 +11,9 @@ failure leaves, only whole instances are served.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Final
@@ -24,7 +25,14 @@ from dicomproxy.cache.incoming import IncomingInstance
 from dicomproxy.cache.keeper import Keeper
 from dicomproxy.cache.layout import DirectoryLock
 from dicomproxy.cache.lease import Lease
-from dicomproxy.cache.reader import FileReader, MemoryReader, NotWhole, open_whole
+from dicomproxy.cache.reader import (
+    FileReader,
+    Files,
+    MemoryReader,
+    NotWhole,
+    open_ahead,
+    open_whole,
+)
 from dicomproxy.cache.requests import answer_requests
 from dicomproxy.cache.settings import CachedStudy, CacheSettings, CacheStats
 from dicomproxy.cache.studies import Study
@@ -52,6 +60,7 @@ class DiskInstanceStore:
         self._keeper = Keeper(settings)
         self._thread = WriterThread(self._keeper.room.show_measures)
         self._readers = ThreadPoolExecutor(_READER_THREADS, thread_name_prefix="cache-reader")
+        self._files = Files(self._readers)
         self._tasks = TaskOwner("cache")
         self._lock = DirectoryLock(self._keeper.layout)
         self._hits = 0
@@ -95,6 +104,7 @@ class DiskInstanceStore:
 
     async def _end_threads(self) -> None:
         self._thread.stop()
+        self._files.flush()
         self._readers.shutdown(wait=False)
         await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
 
@@ -289,7 +299,53 @@ class DiskInstanceStore:
             contents.unchecked.discard(uid)
             if not contents.unchecked:
                 self._thread.submit(partial(self._keeper.checked, study))
-        return FileReader(fd, instance, self._readers, lease.release)
+        return FileReader(fd, instance, self._files, lease.release)
+
+    async def open_several(
+        self, instances: Sequence[CachedInstance]
+    ) -> list[InstanceReader | None]:
+        """Open what can be opened without more ado, at the price of one; see the port."""
+        leases: dict[int, Lease] = {}
+        paths: dict[int, str] = {}
+        readers: list[InstanceReader | None] = [None] * len(instances)
+        for number, instance in enumerate(instances):
+            uid, study = (
+                instance.sop_instance_uid,
+                self._keeper.table.get(instance.study_instance_uid),
+            )
+            if study is None or (contents := study.contents) is None:
+                continue
+            if contents.live.get(uid) != instance or uid in contents.unchecked:
+                continue
+            lease = await self.lease(instance.study_instance_uid)
+            if (data := contents.spool.get(uid)) is not None:
+                readers[number] = MemoryReader(data, lease.release)
+                continue
+            leases[number] = lease
+            directory = self._keeper.layout.study(instance.study_instance_uid)
+            paths[number] = os.path.join(directory, instance.file_name)
+        if not leases:
+            return readers
+        opened = asyncio.get_running_loop().run_in_executor(
+            self._readers,
+            open_ahead,
+            [(path, instances[number]) for number, path in paths.items()],
+        )
+        fds: list[int | None] = []
+        try:
+            fds = await asyncio.shield(opened)
+        except asyncio.CancelledError:
+            opened.add_done_callback(_close_all_unwanted)
+            raise
+        finally:
+            for number, fd in itertools.zip_longest(leases, fds):
+                if fd is None:
+                    leases[number].release()
+                else:
+                    readers[number] = FileReader(
+                        fd, instances[number], self._files, leases[number].release
+                    )
+        return readers
 
     def _remove_damaged(self, study: Study, instance: CachedInstance) -> None:
         contents = study.contents
@@ -362,3 +418,10 @@ def _close_unwanted(opened: asyncio.Future[int]) -> None:
     """Close what was opened for somebody who no longer waits."""
     if not opened.cancelled() and opened.exception() is None:
         os.close(opened.result())
+
+
+def _close_all_unwanted(opened: asyncio.Future[list[int | None]]) -> None:
+    if not opened.cancelled() and opened.exception() is None:
+        for fd in opened.result():
+            if fd is not None:
+                os.close(fd)

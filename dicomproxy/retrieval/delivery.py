@@ -33,10 +33,12 @@ from dicomproxy.retrieval.tally import (
     SUB_OPERATIONS_FAILED,
     Part,
 )
+from dicomproxy.tasks import TaskOwner
 
 _log = get_logger()
 
 _CLOSE_SECONDS: Final = 10.0
+_OPEN_AHEAD: Final = 4
 _MAY_BE_OCCUPIED: Final = frozenset({Failure.TIMEOUT, Failure.BUSY})
 
 _SUB_OPERATIONS = Counter(
@@ -63,7 +65,7 @@ class Outlet:
         self.occupied: asyncio.Event | None = None
         """Set once whoever else sends to the same destination has ended."""
 
-    async def send(self, store: InstanceStore, instance: CachedInstance) -> Delivered | None:
+    async def send(self, instance: CachedInstance, ahead: Ahead) -> Delivered | None:
         """Deliver an instance in its turn; None if the outlet is lost or stopped.
 
         Raises:
@@ -72,7 +74,7 @@ class Outlet:
         async with self._turn:
             if self.stopped or self.lost is not None:
                 return None
-            reader = await store.open(instance)
+            reader = await ahead.open(instance)
             try:
                 return await self._deliver(instance, reader)
             except DestinationError as error:
@@ -116,6 +118,69 @@ class Outlet:
             )
 
 
+class Ahead:
+    """Opens the next instances of a study, a few together, while one is being sent."""
+
+    def __init__(self, subscription: Subscription, store: InstanceStore) -> None:
+        self._subscription = subscription
+        self._store = store
+        self._owner = TaskOwner("ahead")
+        self._opening: asyncio.Task[None] | None = None
+        self._wanted: dict[str, CachedInstance] = {}
+        self._open: dict[str, tuple[CachedInstance, InstanceReader]] = {}
+        self._closed = False
+
+    async def open(self, instance: CachedInstance) -> InstanceReader:
+        """Return a reader for *instance*, and see to those that come after it.
+
+        Raises:
+            FileNotFoundError, Refused: as :meth:`InstanceStore.open`.
+        """
+        uid = instance.sop_instance_uid
+        if self._opening is not None and self._wanted.get(uid) is instance:
+            await asyncio.wait([self._opening])
+        opened = self._open.pop(uid, None)
+        if opened is not None and opened[0] is not instance:
+            # Fetched again since.
+            await opened[1].close()
+            opened = None
+        reader = opened[1] if opened is not None else await self._store.open(instance)
+        if self._opening is None and len(self._open) <= _OPEN_AHEAD // 2:
+            self._look()
+        return reader
+
+    def _look(self) -> None:
+        upcoming = self._subscription.upcoming(_OPEN_AHEAD)
+        wanted = [one for one in upcoming if one.sop_instance_uid not in self._open]
+        if wanted:
+            self._wanted = {one.sop_instance_uid: one for one in wanted}
+            self._opening = self._owner.spawn(self._open_wanted(wanted), name="open")
+
+    async def _open_wanted(self, wanted: list[CachedInstance]) -> None:
+        try:
+            readers = await self._store.open_several(wanted)
+        finally:
+            self._opening = None
+            self._wanted = {}
+        for instance, reader in zip(wanted, readers, strict=True):
+            if reader is None:
+                continue
+            if self._closed:
+                await reader.close()
+            else:
+                self._open[instance.sop_instance_uid] = (instance, reader)
+
+    async def close(self) -> None:
+        """Let go of what was opened in vain."""
+        self._closed = True
+        opened, self._open = list(self._open.values()), {}
+        try:
+            for _, reader in opened:
+                await reader.close()
+        finally:
+            await self._owner.close()
+
+
 @dataclass(slots=True)
 class DeliveryReport:
     """What one study's delivery came to; numbers of instances by source for the audit."""
@@ -148,13 +213,14 @@ async def deliver_study(
 
     subscription.on_change = revise
     revise()
+    ahead = Ahead(subscription, store)
     try:
         async for item in subscription:
             if isinstance(item, FlightOutcome):
                 _conclude(item, subscription, part, report)
                 progressed()
                 return
-            sent = await _send(item, subscription, outlet, store)
+            sent = await _send(item, subscription, outlet, ahead)
             if sent is None:
                 if outlet.lost is None:
                     if outlet.stopped:
@@ -177,14 +243,15 @@ async def deliver_study(
             progressed()
     finally:
         subscription.on_change = None
+        await ahead.close()
 
 
 async def _send(
-    instance: CachedInstance, subscription: Subscription, outlet: Outlet, store: InstanceStore
+    instance: CachedInstance, subscription: Subscription, outlet: Outlet, ahead: Ahead
 ) -> Delivered | None:
     """Deliver one instance; a damaged one is fetched again once, and then comes later."""
     try:
-        return await outlet.send(store, instance)
+        return await outlet.send(instance, ahead)
     except (FileNotFoundError, Refused):
         again = await subscription.replace(instance)
         _log.warning(

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, Final
 
 from dicomproxy.ports import CachedInstance
 from dicomproxy.retrieval.holder import Holder
@@ -18,6 +19,8 @@ from dicomproxy.retrieval.selection import Selection
 
 if TYPE_CHECKING:
     from dicomproxy.retrieval.flight import Flight
+
+_LOOK_AHEAD: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,15 +124,26 @@ class Subscription:
                 return replace(self.outcome, failed=failed)
             await self.news.wait()
 
-    def _takes(self, instance: CachedInstance) -> bool:
+    def upcoming(self, most: int) -> list[CachedInstance]:
+        """Return what would be yielded next, as things stand, without yielding it."""
+        log = self._flight.log
+        # Bounded: most of what follows may be for others.
+        ahead = range(self._cursor, min(self._cursor + _LOOK_AHEAD * most, len(log)))
+        return list(islice((log[at] for at in ahead if self._wants(log[at])), most))
+
+    def _wants(self, instance: CachedInstance) -> bool:
         uid = instance.sop_instance_uid
         wanted = self.selection.covers(instance.series_instance_uid, uid) or uid in self.also
         if not wanted or uid in self._served:
             return False
         if self.is_excluded(instance.series_instance_uid, uid):
             return False
-        if not self._flight.available(self, uid):
+        return self._flight.available(self, uid)
+
+    def _takes(self, instance: CachedInstance) -> bool:
+        if not self._wants(instance):
             return False
+        uid = instance.sop_instance_uid
         self._served.add(uid)
         if uid not in self.listed:
             self._unlisted += 1

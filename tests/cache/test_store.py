@@ -238,6 +238,7 @@ async def test_cancelled_read_returns_only_when_buffers_are_left_alone(tmp_path:
     await fill(store, "1.2.3", 1, size=5_000_000)
     lease = await store.lease("1.2.3")
     (instance,) = lease.instances.values()
+    store._files.at_once = False
     reader = await store.open(instance)
     buffer = memoryview(bytearray(reader.size))
     task = asyncio.create_task(reader.read_into([buffer], 0))

@@ -396,6 +396,21 @@ class Store:
         self.readers += 1
         return Reader(self, held.data[uid])
 
+    async def open_several(
+        self, instances: Sequence[CachedInstance]
+    ) -> list[InstanceReader | None]:
+        await asyncio.sleep(0)
+        readers: list[InstanceReader | None] = []
+        for instance in instances:
+            uid = instance.sop_instance_uid
+            held = self.studies.get(instance.study_instance_uid)
+            if held is None or uid not in held.data or self.damaged[uid]:
+                readers.append(None)
+                continue
+            self.readers += 1
+            readers.append(Reader(self, held.data[uid]))
+        return readers
+
     def count_hits(self, count: int) -> None:
         self.hits += count
 
