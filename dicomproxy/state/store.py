@@ -31,6 +31,7 @@ T = TypeVar("T")
 _DAY_SECONDS: Final = 86_400
 _BATCH_STUDIES: Final = 5_000
 _DEADLINE_SECONDS: Final = 10.0
+_GATHER_SECONDS: Final = 0.1
 _PRUNE_SECONDS: Final = 3_600.0
 
 _log = get_logger()
@@ -196,6 +197,8 @@ class StateStore:
     async def _write_behind(self) -> None:
         while True:
             await self._work.wait()
+            # What one query teaches is written at once, and not while it is answered.
+            await asyncio.sleep(_GATHER_SECONDS)
             self._work.clear()
             while self._pending:
                 if not await self._write_batch():
