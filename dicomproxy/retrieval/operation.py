@@ -313,7 +313,11 @@ class RetrieveOperation:
     async def _instead_of_local(
         self, disclosure: Disclosure, relay: Relay, lacking: dict[str, str]
     ) -> None:
-        """Deliver what the local PACS listed and failed to send."""
+        """Deliver what the local PACS listed and failed to send.
+
+        Where it broke off, that is all it listed: a count is all it gave of what it
+        had sent, and that an instance comes twice is better than that one is missing.
+        """
         study = disclosure.study
         attempt = self.tally.part()
         selection = Selection(Level.IMAGE, frozenset(lacking.values()), frozenset(lacking))
@@ -321,14 +325,13 @@ class RetrieveOperation:
         outcome = disclosure.report.outcome
         if outcome is None or outcome.stopped:
             return
-        relay.part.forgive(lacking)
-        unlisted = len(lacking) - attempt.done
-        if unlisted > 0 and relay.broken:
-            # No other holder has these, so the local PACS's failure stands for them.
-            return
-        relay.covered.add(study.study_instance_uid)
         if relay.broken:
-            relay.part.failed = max(0, relay.part.failed - len(lacking))
+            relay.part.overlap(attempt)
+        else:
+            relay.part.forgive(lacking)
+        if attempt.done >= len(lacking) or not relay.broken:
+            # Else: no other holder has these, so the local PACS's failure stands for them.
+            relay.covered.add(study.study_instance_uid)
 
     async def _elsewhere(self, disclosure: Disclosure, part: Part) -> None:
         """Look for a study again that none of its remembered holders has any more."""

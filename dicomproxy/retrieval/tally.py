@@ -91,6 +91,23 @@ class Part:
                 del self.failed_sop_instance_uids[uid]
                 self.failed = max(0, self.failed - 1)
 
+    def overlap(self, other: Part) -> None:
+        """Count once what *other* did of the very instances that are counted here.
+
+        It is not known which those were, so as few as can be are taken to be
+        delivered in total: one that is counted here, and there, was the same one.
+        """
+        self._take_away(other.completed + other.warning, ("completed", "warning", "failed"))
+        self._take_away(other.failed, ("failed", "completed", "warning"))
+        for uid in other.failed_sop_instance_uids:
+            self.failed_sop_instance_uids.pop(uid, None)
+
+    def _take_away(self, count: int, outcomes: Iterable[str]) -> None:
+        for name in outcomes:
+            taken = min(getattr(self, name), count)
+            setattr(self, name, getattr(self, name) - taken)
+            count -= taken
+
     def follow(self, progress: RetrieveProgress) -> None:
         """Take over what a peer that delivers by itself says of its own operation.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -681,6 +682,43 @@ async def test_what_the_local_pacs_fails_to_send_is_had_from_elsewhere(build: Bu
     outcome = await run(world.operation(workstation))
     assert outcome == RetrieveOutcome(0x0000, completed=3)
     assert workstation.received == [lost]
+
+
+@pytest.mark.parametrize(
+    ("elsewhere", "expected"),
+    [
+        (3, RetrieveOutcome(0x0000, completed=3)),
+        (1, RetrieveOutcome(0xB000, completed=1, failed=2)),
+    ],
+)
+async def test_local_pacs_that_breaks_off_is_stood_in_for_and_nothing_counts_twice(
+    build: Build, elsewhere: int, expected: RetrieveOutcome
+) -> None:
+    """Which ones it sent is not known, so all come again; each is one sub-operation."""
+    local, north = Archive(LOCAL, study(3)), Archive("north", study(elsewhere))
+    world, workstation = build(north, local=local, relay=True), Workstation()
+    world.know(local, north)
+    world.local_pacs.script = [
+        RetrieveProgress(remaining=2, completed=1),
+        SourceError(LOCAL, Failure.ABORTED),
+    ]
+    outcome = await run(world.operation(workstation))
+    assert replace(outcome, error_comment="", failed_sop_instance_uids=()) == expected
+    assert len(workstation.received) == elsewhere
+
+
+@pytest.mark.parametrize("failure", [Failure.UNREACHABLE, Failure.REJECTED, Failure.NO_CONTEXT])
+async def test_local_pacs_that_never_began_is_stood_in_for_once(
+    build: Build, failure: Failure
+) -> None:
+    """It has sent nothing, so nothing comes twice."""
+    held = study(3)
+    local, north = Archive(LOCAL, held), Archive("north", held)
+    world, workstation = build(north, local=local, relay=True), Workstation()
+    world.know(local, north)
+    world.local_pacs.script = [SourceError(LOCAL, failure)]
+    assert await run(world.operation(workstation)) == RetrieveOutcome(0x0000, completed=3)
+    assert sorted(workstation.received) == sorted(held.instances)
 
 
 async def test_remote_part_is_delivered_while_the_local_pacs_is_down(build: Build) -> None:

@@ -128,3 +128,26 @@ def test_forgiven_failures_leave_count_and_list() -> None:
     part.forgive(["1.2", "1.3"])
     assert part.failed == 1
     assert list(part.failed_sop_instance_uids) == ["1.1"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "left"),
+    [
+        ((2, 1, 0), (3, 0, 0), (0, 0, 0)),
+        ((2, 1, 0), (1, 0, 0), (1, 1, 0)),
+        ((0, 3, 0), (2, 0, 1), (0, 0, 0)),
+        ((1, 1, 1), (2, 0, 0), (0, 1, 0)),
+        ((3, 0, 0), (2, 1, 0), (0, 0, 0)),
+        ((0, 0, 0), (3, 1, 0), (0, 0, 0)),
+    ],
+)
+def test_what_two_parts_may_both_have_delivered_counts_once(
+    one: tuple[int, int, int], other: tuple[int, int, int], left: tuple[int, int, int]
+) -> None:
+    """(completed, failed, warning): what the second did is taken from the first."""
+    first, second = (
+        Part(completed=completed, failed=failed, warning=warning)
+        for completed, failed, warning in (one, other)
+    )
+    first.overlap(second)
+    assert (first.completed, first.failed, first.warning) == left
