@@ -23,7 +23,7 @@ from dicomproxy.cache.room import NO_SPACE
 from dicomproxy.cache.studies import Contents, Study
 from dicomproxy.cache.thread import ThreadStopped, WriterThread
 from dicomproxy.cache.vectors import MOST_BUFFERS, skip
-from dicomproxy.dataset.header import HeaderError, InstanceHeader, read_header
+from dicomproxy.dataset.header import WINDOW_BYTES, HeaderError, InstanceHeader, read_header
 from dicomproxy.dataset.part10 import build_file_meta
 from dicomproxy.ports import Admit, CachedInstance, Refused, Stored, StoreFull
 
@@ -56,6 +56,7 @@ class IncomingInstance:
         self._written = 0
         self._size = 0
         self._crc32 = 0
+        self._beginning = b""
         self._memory: bytearray | None = None
         self._given_up: Exception | None = None
         self._ended = False
@@ -95,6 +96,9 @@ class IncomingInstance:
             return
         size = 0
         for segment in segments:
+            if (missing := WINDOW_BYTES - len(self._beginning)) > 0:
+                # For the header, which is read when all has come.
+                self._beginning += segment[:missing]
             self._crc32 = crc32(segment, self._crc32)
             size += segment.nbytes
         self._size += size
@@ -217,6 +221,8 @@ class IncomingInstance:
         return header
 
     def _read(self, offset: int, size: int) -> bytes:
+        if offset + size <= len(self._beginning) or self._size == len(self._beginning):
+            return self._beginning[offset : offset + size]
         if self._memory is not None:
             return bytes(self._memory[offset : offset + size])
         return os.pread(self._fd, size, offset + len(self._head))

@@ -4,6 +4,10 @@ The event loop queues work and never waits for a disk. Rules kept: jobs run in
 the order in which they were queued; consecutive writes to one file are joined
 into one system call; what must happen on the loop afterwards (memory handed
 back, futures resolved) is collected and costs one wakeup per batch.
+
+Waking a thread costs more than most of what it is woken for, and two that run
+want the interpreter in turns. Writes are therefore gathered for a moment, until
+they are worth it or something waits for them.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from dicomproxy.logs import error_fields, get_logger
 
 T = TypeVar("T")
 
+_GATHERED_BYTES: Final = 256 * 1024
+_GATHERING_SECONDS: Final = 0.003
 _BATCH_JOBS: Final = 64
 _BATCH_BYTES: Final = 4 * 1024 * 1024
 _DEADLINE_SECONDS: Final = 120.0
@@ -37,6 +43,7 @@ class ThreadStopped(Exception):
 
 _Write = tuple[Sink, Sequence[memoryview], Callable[[], None]]
 _Job = Callable[[], None]
+_Work = list[_Write | _Job]
 
 
 class WriterThread:
@@ -48,11 +55,14 @@ class WriterThread:
 
     def __init__(self, after_batch: Callable[[], None]) -> None:
         self._after_batch = after_batch
-        self._queue: SimpleQueue[_Write | _Job | None] = SimpleQueue()
+        self._queue: SimpleQueue[_Work | None] = SimpleQueue()
         self._replies: list[Callable[[], object]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._stopped = False
+        self._gathered: _Work = []
+        self._gathered_bytes = 0
+        self._timer: asyncio.TimerHandle | None = None
 
     # ---------------------------------------------------------- from the loop
 
@@ -69,16 +79,34 @@ class WriterThread:
     def write(
         self, sink: Sink, segments: Sequence[memoryview], release: Callable[[], None]
     ) -> None:
-        """Have *segments* appended to *sink*, then *release* called on the loop."""
-        if self._stopped:
+        """Have *segments* appended to *sink* soon, then *release* called on the loop."""
+        if self._stopped or self._loop is None:
             release()
             return
-        self._queue.put((sink, segments, release))
+        self._gathered.append((sink, segments, release))
+        self._gathered_bytes += sum(segment.nbytes for segment in segments)
+        if self._gathered_bytes >= _GATHERED_BYTES:
+            self._hand_over()
+        elif self._timer is None:
+            self._timer = self._loop.call_later(_GATHERING_SECONDS, self._hand_over)
+
+    def _do(self, job: _Job) -> None:
+        """Queue *job*, behind what was written before it."""
+        self._gathered.append(job)
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._gathered:
+            gathered, self._gathered, self._gathered_bytes = self._gathered, [], 0
+            self._queue.put(gathered)
 
     def submit(self, job: Callable[[], object]) -> None:
         """Run *job*; what it returns or raises is of no interest to anybody."""
         if not self._stopped:
-            self._queue.put(lambda: _quietly(job))
+            self._do(lambda: _quietly(job))
 
     async def ask(self, job: Callable[[], T]) -> T:
         """Run *job* and return its result.
@@ -99,13 +127,14 @@ class WriterThread:
             else:
                 self.post(lambda: _resolve(future, result))
 
-        self._queue.put(run)
+        self._do(run)
         async with asyncio.timeout(_DEADLINE_SECONDS):
             return await future
 
     def stop(self) -> None:
         """Let the thread end after what is queued; writes from now on are dropped."""
         if not self._stopped:
+            self._hand_over()
             self._stopped = True
             self._queue.put(None)
 
@@ -137,31 +166,30 @@ class WriterThread:
             _quietly(self._after_batch)
             self.deliver()
 
-    def _run_batch(self, job: _Write | _Job | None) -> bool:
-        """Do *job* and what else is queued already; False once told to end."""
+    def _run_batch(self, work: _Work | None) -> bool:
+        """Do *work* and what else is queued already; False once told to end."""
         pending: dict[Sink, list[memoryview]] = {}
         releases: list[Callable[[], None]] = []
         size = done = 0
-        while True:
-            if isinstance(job, tuple):
-                sink, segments, release = job
-                pending.setdefault(sink, []).extend(segments)
-                releases.append(release)
-                size += sum(segment.nbytes for segment in segments)
-            else:
-                self._append(pending, releases)
-                if job is None:
-                    return False
-                job()
-            done += 1
-            if size >= _BATCH_BYTES or done == _BATCH_JOBS:
+        while work is not None:
+            for job in work:
+                if isinstance(job, tuple):
+                    sink, segments, release = job
+                    pending.setdefault(sink, []).extend(segments)
+                    releases.append(release)
+                    size += sum(segment.nbytes for segment in segments)
+                else:
+                    self._append(pending, releases)
+                    job()
+            done += len(work)
+            if size >= _BATCH_BYTES or done >= _BATCH_JOBS:
                 break
             try:
-                job = self._queue.get_nowait()
+                work = self._queue.get_nowait()
             except Empty:
                 break
         self._append(pending, releases)
-        return True
+        return work is not None
 
     def _append(
         self, pending: dict[Sink, list[memoryview]], releases: list[Callable[[], None]]

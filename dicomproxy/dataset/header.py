@@ -24,7 +24,9 @@ EXPLICIT_VR_BIG_ENDIAN: Final = "1.2.840.10008.1.2.2"
 Read = Callable[[int, int], bytes]
 """``read(offset, size)``: data set bytes, fewer at the end."""
 
-_WINDOW_BYTES: Final = 8192
+WINDOW_BYTES: Final = 8192
+"""How much is read at a time, beginning at 0; in most instances the header is in that."""
+
 _LITTLE_ENDIAN: Final = Struct("<HHL").unpack_from
 _MAX_ELEMENTS: Final = 250_000
 _MAX_DEPTH: Final = 64
@@ -212,7 +214,7 @@ class _Scanner:
         here from one whose last length points beyond the end.
         """
         self._start = max(0, position - 1)
-        self._window = self._read(self._start, _WINDOW_BYTES)
+        self._window = self._read(self._start, WINDOW_BYTES)
         at = position - self._start
         available = len(self._window) - at
         if available == 0:
@@ -226,7 +228,7 @@ class _Scanner:
         at = position - self._start
         if at < 0 or at + size > len(self._window):
             self._start, at = position, 0
-            self._window = self._read(position, max(size, _WINDOW_BYTES))
+            self._window = self._read(position, max(size, WINDOW_BYTES))
             if len(self._window) < size:
                 raise HeaderError("truncated element")
         return at
@@ -324,12 +326,12 @@ class _Inflated:
             return False
         compressed = self._inflater.unconsumed_tail
         if not compressed:
-            compressed = self._read(self._offset, _WINDOW_BYTES)
+            compressed = self._read(self._offset, WINDOW_BYTES)
             self._offset += len(compressed)
             if not compressed:
                 return False
         try:
-            self._held += self._inflater.decompress(compressed, 8 * _WINDOW_BYTES)
+            self._held += self._inflater.decompress(compressed, 8 * WINDOW_BYTES)
         except zlib.error:
             raise HeaderError("does not inflate") from None
         return True

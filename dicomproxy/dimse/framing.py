@@ -88,6 +88,7 @@ class Framer:
         """
         at = 0
         end = len(data)
+        most = self._max_pdu or 0xFFFFFFFF  # a longer one is judged with its tolerance below
         while at < end:
             if self._pdv_left:
                 size = min(self._pdv_left, end - at)
@@ -111,6 +112,18 @@ class Framer:
                     yield decode(self._pdu_type, body)
             else:
                 # A PDV header inside a P-DATA-TF, or a PDU header: six bytes each.
+                if not (self._header or self._pdu_left) and end - at > PDV_HEAD.size:
+                    # The usual P-DATA-TF has one PDV: both heads in one go.
+                    pdu_type, length, pdv, context_id, control = PDV_HEAD.unpack_from(data, at)
+                    if pdu_type == PduType.P_DATA_TF and pdv == length - 4 and 2 < pdv <= most:
+                        at += PDV_HEAD.size
+                        size = min(pdv - 2, end - at)
+                        self._pdu_left = self._pdv_left = left = pdv - 2 - size
+                        self._context_id, self._control = context_id, control
+                        last = not left and bool(control & 2)
+                        yield Fragment(context_id, bool(control & 1), last, data[at : at + size])
+                        at += size
+                        continue
                 if not self._header and end - at >= 6:
                     raw: bytes | memoryview = data[at : at + 6]
                     at += 6

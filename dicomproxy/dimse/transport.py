@@ -240,6 +240,9 @@ class AssociationProtocol(asyncio.BufferedProtocol):
         try:
             for item in self._framer.feed(data):
                 before = self.machine.state
+                if before is State.STA6 and type(item) is Fragment:
+                    self._listener.fragment(item)  # what the machine would say, told sooner
+                    continue
                 effects = self.machine.received(item)
                 if self.machine.state is State.STA13 and before is not State.STA13:
                     self._log_protocol_error(f"unexpected {type(item).__name__} in {before.name}")
