@@ -36,6 +36,7 @@ _RELEASE_SECONDS: Final = 5.0
 _FAREWELL_SECONDS: Final = 1.0
 _BUSY_SECONDS: Final = 10.0
 _BUSY_PAUSE_SECONDS: Final = 0.5
+_AFTERMATH_SECONDS: Final = 0.1
 _ROUND_TRIPS: Final = 8
 _OUT_OF_RESOURCES: Final = 0xA700
 
@@ -110,6 +111,7 @@ class AssociationPool:
         self._clock = clock or asyncio.get_running_loop().time
         self._lowered_to = ceiling
         self._lowered_at = 0.0
+        self._ended_at = float("-inf")
         self._in_use = 0
         self._retrieving = 0
         self._purposes: dict[Association, Purpose] = {}
@@ -176,10 +178,11 @@ class AssociationPool:
                     try:
                         lease = await self._request(purpose, proposal)
                     except AssociationRejected as error:
-                        left = give_up - self._clock() - _BUSY_PAUSE_SECONDS
-                        if purpose is Purpose.QUERY or not error.rejection.transient or left <= 0:
+                        pause = self._pause_before_again(purpose)
+                        left = give_up - self._clock() - pause
+                        if not pause or not error.rejection.transient or left <= 0:
                             raise
-                        await asyncio.sleep(_BUSY_PAUSE_SECONDS)
+                        await asyncio.sleep(pause)
                         continue
                     if lease is not None:
                         return lease
@@ -211,6 +214,14 @@ class AssociationPool:
         self._round_trips.append(association.round_trip_seconds)
         self._purposes[association] = purpose
         return Lease(self, association, reused=False, pooled=proposal is None)
+
+    def _pause_before_again(self, purpose: Purpose) -> float:
+        """Return when to ask a busy peer again; 0 for a query that had better leave it alone."""
+        if purpose is Purpose.RETRIEVE:
+            return _BUSY_PAUSE_SECONDS
+        # What we have just ended the peer may not have seen the end of yet.
+        recent = self._clock() - self._ended_at < _BUSY_PAUSE_SECONDS
+        return _AFTERMATH_SECONDS if recent else 0.0
 
     def _may_take(self, purpose: Purpose) -> bool:
         limit = self._limit
@@ -279,6 +290,7 @@ class AssociationPool:
             return
         else:
             association.abort()
+            self._ended_at = self._clock()
         self._give_slot(purpose)
 
     async def _release(self, association: Association, purpose: Purpose) -> None:
@@ -286,6 +298,7 @@ class AssociationPool:
         try:
             await association.release(_RELEASE_SECONDS)
         finally:
+            self._ended_at = self._clock()
             self._give_slot(purpose)
 
     def _expire(self, association: Association) -> None:

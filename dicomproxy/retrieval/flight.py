@@ -134,7 +134,10 @@ class Flight:
     async def close(self) -> None:
         """Cancel what is under way at every holder and give the study back."""
         self.closed = True
+        orders = [task for leg in self._legs.values() for task in leg.leave()]
         await self._owner.close()  # whoever still listens hears of it as its walk ends
+        if orders:
+            await asyncio.wait(orders)
         if self._opened:
             self.lease.release()
 

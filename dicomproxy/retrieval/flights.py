@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 from collections import Counter as Tallies
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
-from typing import Final
+from typing import Any, Final
 
 from prometheus_client import Counter, Gauge
 
@@ -141,6 +141,10 @@ class Flights:
         if flight.ending is None:
             flight.ending = self._owner.spawn(flight.close(), name="end")
         return flight.ending
+
+    def spawn(self, coro: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Start a task that may outlive the flight it is for."""
+        return self._owner.spawn(coro, name=name)
 
     def abandoned(self, flight: Flight) -> None:
         """End a flight that was finished although nobody waited for it."""

@@ -45,6 +45,9 @@ MANIFEST_FRESH_SECONDS: Final = 5.0
 MAX_ORDERS: Final = 4
 """Orders of one study under way at one holder; its own ceiling may be lower."""
 
+_FINAL_SECONDS: Final = 5.0
+"""How long after its last instance an order may take to say that it is over."""
+
 # Failures that a second attempt at the same holder would only repeat.
 _HOPELESS: Final = frozenset(
     {Failure.UNREACHABLE, Failure.REJECTED, Failure.NO_CONTEXT, Failure.BREAKER}
@@ -69,6 +72,17 @@ class _Unit:
 
     attempts: int = 0
     complete: bool = False
+
+
+async def _final_response(order: asyncio.Task[None]) -> None:
+    """Let an order end by itself; one that does not is cancelled."""
+    try:
+        async with asyncio.timeout(_FINAL_SECONDS):
+            await asyncio.wait([order])
+    except TimeoutError:
+        pass
+    finally:
+        order.cancel()
 
 
 class Leg:
@@ -427,7 +441,7 @@ class Leg:
         elif order.level is Level.SERIES:
             for uid in order.series_instance_uids:
                 self._units.setdefault(uid, _Unit())
-        running.task = self._flight.spawn(self._run(running), f"order:{self.name}")
+        running.task = self._flight.flights.spawn(self._run(running), f"order:{self.name}")
 
     async def _run(self, running: _Running) -> None:
         order = running.order
@@ -460,7 +474,14 @@ class Leg:
             self.holder.source.round_trip_seconds,
             at_once,
         )
-        self._ended(running, failure, final)
+        if self._flight.closed:
+            return  # nobody waits for what it was short of
+        try:
+            self._ended(running, failure, final)
+        except Exception as error:  # a fault of ours; nobody may wait for ever
+            _log.error("flight_failed", source=self.name, **error_fields(error))
+            self._gave_up = True
+            self._flight.wake()
 
     def _ended(
         self, running: _Running, failure: Failure | None, final: RetrieveProgress | None
@@ -542,6 +563,29 @@ class Leg:
             if running.task is not None:
                 running.task.cancel()
 
+    def leave(self) -> list[asyncio.Task[None]]:
+        """Cancel what is still to bring anything, and return the tasks that end so.
+
+        An order that has brought everything lacks only its final response: that is
+        read, so that its archive is not told to cancel what is done.
+        """
+        cancelled = []
+        for running in self._orders:
+            if running.task is None:
+                continue
+            if self._has_brought_all(running):
+                self._flight.flights.spawn(_final_response(running.task), f"final:{self.name}")
+            else:
+                running.task.cancel()
+                cancelled.append(running.task)
+        return cancelled
+
+    def _has_brought_all(self, running: _Running) -> bool:
+        expected = set(running.order.sop_instance_uids)
+        if not expected and self.verified and self.manifest is not None:
+            expected = set(self.manifest.listed(running.selection))
+        return bool(expected) and expected <= running.arrived | self._refused.keys()
+
     def again(self, sop_instance_uid: str) -> None:
         """Allow an instance to be asked for again: what came was damaged since."""
         self._attempts.pop(sop_instance_uid, None)
@@ -597,14 +641,7 @@ class Leg:
 
     async def _load_manifest(self, likely: Collection[str]) -> None:
         try:
-            manifest = await load_manifest(
-                self.holder.source,
-                self._flight.study_instance_uid,
-                interactive=True,
-                series=likely,
-                into=self._listing,
-                progress=self._row_listed,
-            )
+            manifest = await self._ask_for_manifest(likely)
             await self._take(manifest)
         except SourceError as error:
             self._not_loaded(error.failure)
@@ -615,6 +652,28 @@ class Leg:
         self._loaded_at = asyncio.get_running_loop().time()
         self._flight.relist()
         self._flight.wake()
+
+    async def _ask_for_manifest(self, likely: Collection[str]) -> Manifest:
+        """Ask for it, and once more if that failed although instances are coming already.
+
+        Without a listing the whole study would be asked for, those a second time.
+        """
+        for again in (True, False):
+            try:
+                return await load_manifest(
+                    self.holder.source,
+                    self._flight.study_instance_uid,
+                    interactive=True,
+                    series=likely,
+                    into=self._listing,
+                    progress=self._row_listed,
+                )
+            except SourceError as error:
+                begun = self.manifest is None and bool(self._orders or self._fetched)
+                if not (again and begun) or error.failure is Failure.UNREACHABLE:
+                    raise
+                self._listing = {}
+        raise AssertionError  # the second failure was raised
 
     def _not_loaded(self, failure: Failure) -> None:
         if self.manifest is None:
