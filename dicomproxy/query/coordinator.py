@@ -48,6 +48,7 @@ LOCAL_FAILED: Final = 0xC001
 _MAX_LEGS: Final = 256  # asked at the same time, over all queries
 _MAX_LATE_LEGS: Final = 32  # listened to after their query has ended
 _LEG_SECONDS: Final = 60.0  # a backstop: a source has its own deadlines
+_LOCAL_SILENCE_SECONDS: Final = 300.0  # likewise: the local PACS's are shorter
 _LOCATE_SECONDS: Final = 1.0  # what the memory of locations may cost
 _AUDIT_SECONDS: Final = 15.0  # a backstop: the trail has deadlines of its own
 _WIND_UP_SECONDS: Final = 5.0  # for a leg that was told to end
@@ -212,17 +213,19 @@ class QueryCoordinator:
                 if query.merge.holding:
                     continue
                 return
-            # With neither, the local leg is what is waited for; its own timers end it.
-            deadline = None
             if query.local_done:
                 deadline = end_at
             elif now < release_at:
                 deadline = release_at
+            else:
+                deadline = now + _LOCAL_SILENCE_SECONDS
             try:
                 async with asyncio.timeout_at(deadline):
                     await query.changed.wait()
             except TimeoutError:
-                pass
+                if not query.local_done and deadline > release_at:
+                    self._local_failed(query, started, {"failure": Failure.TIMEOUT.value})
+                    return
 
     def _local_batch(self, query: Query, most: int) -> Answers:
         """Take local rows that wait; what is returned may be fewer, or none."""
@@ -260,8 +263,7 @@ class QueryCoordinator:
     # ------------------------------------------------------------------ local
 
     async def _ask_local(self, query: Query, answers: AsyncIterator[LocalAnswer]) -> None:
-        loop = asyncio.get_running_loop()
-        started = loop.time()
+        started = asyncio.get_running_loop().time()
         fields: dict[str, object] = {"failure": Failure.PROTOCOL.value}
         first = True
         try:
@@ -288,14 +290,17 @@ class QueryCoordinator:
             query.local_done = True
             query.changed.set()
         if query.local_final is None:
-            query.summary.local_failed = True
-            _log.error(
-                "local_query_failed",
-                operation_id=query.operation_id,
-                query_level=query.request.level.value,
-                duration_seconds=loop.time() - started,
-                **fields,
-            )
+            self._local_failed(query, started, fields)
+
+    def _local_failed(self, query: Query, started: float, fields: Mapping[str, object]) -> None:
+        query.summary.local_failed = True
+        _log.error(
+            "local_query_failed",
+            operation_id=query.operation_id,
+            query_level=query.request.level.value,
+            duration_seconds=asyncio.get_running_loop().time() - started,
+            **fields,
+        )
 
     # ---------------------------------------------------------------- sources
 

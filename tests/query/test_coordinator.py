@@ -168,6 +168,21 @@ async def test_disclosures_are_written_while_the_local_archive_still_answers() -
         assert len(it.audit.events) == 1
 
 
+async def test_a_local_archive_without_an_end_does_not_withhold_the_final_response(
+    monkeypatch: pytest.MonkeyPatch, log_watch: LogWatch
+) -> None:
+    """Behind its own timers stands ours: what came is kept, and C001 ends the query."""
+    monkeypatch.setattr(module, "_LOCAL_SILENCE_SECONDS", 0.05)
+    local = ScriptedLocal(study_row("1.1"), never())
+    north = ScriptedSource("north", study_row("1.2"))
+    async with bench(local, north, local_query_timeout_seconds=0.01) as it:
+        answers = await it.answers()
+    assert uids(answers) == ["1.1", "1.2"]
+    assert answers[-1].status == 0xC001
+    assert local.ended == ["closed"]
+    assert [entry["failure"] for entry in log_watch.named("local_query_failed")] == ["timeout"]
+
+
 async def test_an_audit_trail_that_hangs_does_not_withhold_the_final_response(
     monkeypatch: pytest.MonkeyPatch, log_watch: LogWatch
 ) -> None:
