@@ -1,7 +1,8 @@
 """What every DIMSE archive has: associations, a circuit breaker, and a record of how it fares.
 
-Rule kept: every exchange is told to the breaker exactly once, and every way in
-which one can fail becomes a :class:`SourceError` with one of few words.
+Rule kept: the breaker is told of every exchange how it ended, of a probe also that
+it was answered at all; every way in which one can fail becomes a
+:class:`SourceError` with one of few words.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ _SECONDS = Histogram(
 )
 _BREAKER = Gauge("dicomproxy_source_breaker", "0 closed, 1 half open, 2 open.", ("source",))
 _PROBE_SECONDS: Final = 1.0
+_SAYS_NOTHING: Final = frozenset({Failure.BUSY, Failure.NO_CONTEXT})
+"""Failures from which it does not follow that an archive is not well."""
 _BREAKER_VALUES: Final = {
     BreakerState.CLOSED: 0,
     BreakerState.HALF_OPEN: 1,
@@ -143,8 +146,8 @@ class Archive:
             pause_seconds=settings.breaker_pause,
             on_change=self._breaker_changed,
         )
-        self._breaker_turned = asyncio.Event()
-        """Set, and replaced, when a probe has been answered."""
+        self._probe: asyncio.Future[bool | None] | None = None
+        """Ends with whether the archive is alive, None if that was not found out."""
         _BREAKER.labels(settings.name).set(0)
         self._latencies: deque[float] = deque(maxlen=50)
         self._last_success_at = 0.0
@@ -216,6 +219,8 @@ class Archive:
         if not await self._allowed(probe, lease_seconds):
             _EXCHANGES.labels(name, operation, Failure.BREAKER).inc()
             raise SourceError(name, Failure.BREAKER)
+        # Others are turned away while somebody probes, so that it can only be us.
+        probing = self._probe if self.breaker.probing else None
         started = time.monotonic()
         told = answered = False
         try:
@@ -245,6 +250,11 @@ class Archive:
                     async with aclosing(responses):
                         async for response in responses:
                             answered = True
+                            if probing is not None:
+                                # Found out: nobody waits until a whole study has come.
+                                self.breaker.success()
+                                _end_probe(probing, True)
+                                probing = None
                             if not response.pending:
                                 self._succeeded(operation, time.monotonic() - started)
                                 told = True
@@ -258,29 +268,39 @@ class Archive:
             failure = failure_of(error)
             told = True
             self._failed(operation, failure)
+            if probing is not None and failure not in _SAYS_NOTHING:
+                _end_probe(probing, False)
             raise SourceError(name, failure, detail=_detail(error)) from None
         finally:
             if not told and answered:
                 self.breaker.success()  # given up by us, but it was alive
             elif not told:
                 self.breaker.inconclusive()
+            if probing is not None:
+                _end_probe(probing, None)
 
     async def _allowed(self, probe: bool, seconds: float) -> bool:
         """Ask the breaker; what somebody finds out at this moment holds for us too.
 
         Without that, of several who ask an archive that is well again all but the
-        first were told that it is not. A probe that takes long is not waited for.
+        first were told that it is not. Whoever may probe waits for that as long as
+        for an association; others do not wait for long.
         """
-        if self.breaker.allow(probe=probe):
-            return True
-        if not self.breaker.probing:
-            return False
-        try:
-            async with asyncio.timeout(min(seconds, _PROBE_SECONDS)):
-                await self._breaker_turned.wait()
-        except TimeoutError:
-            return False
-        return self.breaker.allow(probe=probe)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + (seconds if probe else min(seconds, _PROBE_SECONDS))
+        while not self.breaker.allow(probe=probe):
+            if not self.breaker.probing or self._probe is None:
+                return False
+            try:
+                async with asyncio.timeout_at(end):
+                    alive = await asyncio.shield(self._probe)
+            except TimeoutError:
+                return False
+            if alive is False:
+                return False
+        if self.breaker.probing:
+            self._probe = loop.create_future()
+        return True
 
     def _succeeded(self, operation: str, seconds: float) -> None:
         name = self.settings.name
@@ -292,7 +312,7 @@ class Archive:
         _SECONDS.labels(name, operation).observe(seconds)
 
     def _failed(self, operation: str, failure: Failure) -> None:
-        if failure in (Failure.BUSY, Failure.NO_CONTEXT):
+        if failure in _SAYS_NOTHING:
             self.breaker.inconclusive()
         else:
             self.breaker.failure()
@@ -302,9 +322,6 @@ class Archive:
         _EXCHANGES.labels(self.settings.name, operation, str(failure)).inc()
 
     def _breaker_changed(self, state: BreakerState) -> None:
-        if state is not BreakerState.HALF_OPEN:
-            self._breaker_turned.set()
-            self._breaker_turned = asyncio.Event()
         _BREAKER.labels(self.settings.name).set(_BREAKER_VALUES[state])
         _log.warning(
             "source_breaker",
@@ -312,6 +329,11 @@ class Archive:
             state=str(state),
             failure=self._last_failure or None,
         )
+
+
+def _end_probe(probe: asyncio.Future[bool | None], alive: bool | None) -> None:
+    if not probe.done():
+        probe.set_result(alive)
 
 
 def failure_of(error: AssociationError) -> Failure:

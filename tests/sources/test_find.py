@@ -472,7 +472,7 @@ async def test_somebody_who_waits_may_probe_an_open_breaker(
 ) -> None:
     """An interactive query is tried although the breaker is open, one at a time.
 
-    Another waits for a while for what it finds, and not for a probe that takes long.
+    Somebody else waits for what it finds, a query that nobody waits for not for long.
     """
     monkeypatch.setattr(archive, "_PROBE_SECONDS", 0.05)
     broken = True
@@ -496,11 +496,40 @@ async def test_somebody_who_waits_may_probe_an_open_breaker(
         probe = asyncio.create_task(at.find(study(interactive=True)))
         await within(asked.wait())
         with pytest.raises(SourceError) as caught:
-            await at.find(study(interactive=True))
+            await at.find()
         assert caught.value.failure is Failure.BREAKER
+        waiting = asyncio.create_task(at.find(study(interactive=True)))
+        await asyncio.sleep(0)
         gate.set()
         assert len(await within(probe)) == 1
+        assert len(await within(waiting)) == 1
         assert len(await at.find()) == 1
+
+
+async def test_a_probe_that_fails_fails_for_all_who_waited_for_it() -> None:
+    """They are not tried one after the other, each with its own deadline."""
+    peer, gate, asked = StandIn(answers()), asyncio.Event(), asyncio.Event()
+
+    async def admit(_request: AssociateRequest) -> AssociateReject | None:
+        if len(peer.requests) > 1:
+            asked.set()
+            await gate.wait()
+        return REJECT_CALLED
+
+    peer.admit = admit
+    async with asking(peer, breaker_failures=1) as at:
+        with pytest.raises(SourceError):
+            await at.find()
+        probe = asyncio.create_task(at.find(study(interactive=True)))
+        await within(asked.wait())
+        waiting = [asyncio.create_task(at.find(study(interactive=True))) for _ in range(3)]
+        await asyncio.sleep(0)
+        gate.set()
+        for task, failure in [(probe, Failure.REJECTED), *((w, Failure.BREAKER) for w in waiting)]:
+            with pytest.raises(SourceError) as caught:
+                await within(task)
+            assert caught.value.failure is failure
+        assert len(peer.requests) == 2
 
 
 async def test_probe_given_up_leaves_the_breaker_to_the_next() -> None:
