@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import time
 from collections.abc import Callable
@@ -241,10 +242,11 @@ class Application:
     async def _retire(self, routing: Routing) -> None:
         """Close what a former configuration opened once nobody uses it any more."""
         try:
-            async with asyncio.timeout(_RETIRED_SECONDS):
-                await routing.acceptor.wait_idle()
-        except TimeoutError:
-            pass
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_RETIRED_SECONDS):
+                    await routing.acceptor.wait_idle()
+            # A study may be fetched to its end although whoever asked for it has gone.
+            await self._foundation.flights.wait_unused(routing.sources)
         finally:
             await routing.close()
 

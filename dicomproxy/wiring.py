@@ -239,6 +239,7 @@ class Routing:
         }
         self.local_archive = Archive(layer, local_archive_settings(settings))
         local_source = DimseSource(self.local_archive, arrivals)
+        self.sources = (*sources.values(), local_source)
         self.local = LocalPacs(self.local_archive, local_source)
         self.queries = QueryCoordinator(
             self.local,

@@ -10,13 +10,13 @@ holder to holder; what two walks want of the same holder is claimed once.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine
 from typing import TYPE_CHECKING, Any, Final
 
 from dicomproxy.dataset.header import HeaderError, Read, read_header
 from dicomproxy.dataset.levels import Level
 from dicomproxy.logs import error_fields, get_logger
-from dicomproxy.ports import CachedInstance, Refused, Stored, StudyLease
+from dicomproxy.ports import CachedInstance, Refused, Source, Stored, StudyLease
 from dicomproxy.retrieval.holder import Holder, Standing
 from dicomproxy.retrieval.leg import Leg
 from dicomproxy.retrieval.selection import Selection
@@ -140,6 +140,10 @@ class Flight:
             await asyncio.wait(orders)
         if self._opened:
             self.lease.release()
+
+    def may_ask(self, sources: Collection[Source]) -> bool:
+        """Tell whether any of *sources* serves this flight."""
+        return any(leg.holder.source in sources for leg in self._legs.values())
 
     def subscribe(self, request: FlightRequest) -> Subscription:
         """Add a subscriber; it counts from now on, its walk begins with :meth:`begin`."""

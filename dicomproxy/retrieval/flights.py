@@ -10,7 +10,15 @@ from __future__ import annotations
 import asyncio
 from collections import Counter as Tallies
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -18,7 +26,7 @@ from typing import Any, Final
 
 from prometheus_client import Counter, Gauge
 
-from dicomproxy.ports import InstanceStore, Location, Locations, RetrieveOrder
+from dicomproxy.ports import InstanceStore, Location, Locations, RetrieveOrder, Source
 from dicomproxy.retrieval.flight import Flight
 from dicomproxy.retrieval.pace import Pace
 from dicomproxy.retrieval.subscription import FlightRequest, Subscription
@@ -76,6 +84,7 @@ class Flights:
         self._locations = locations
         self._owner = TaskOwner("flights")
         self._closed = False
+        self._one_ended = asyncio.Event()
         self._pauses: OrderedDict[tuple[str, str], _Pause] = OrderedDict()
         # The store's writer thread reads these; they are plain, and replaced or
         # changed by one operation at a time.
@@ -134,6 +143,7 @@ class Flights:
         if self._by_study.get(uid) is flight:
             # From now on what still arrives is refused, and who comes begins anew.
             del self._by_study[uid]
+            self._one_ended.set()
             self._recent[uid] = None
             if len(self._recent) > _MAX_REMEMBERED:
                 self._recent.popitem(last=False)
@@ -141,6 +151,12 @@ class Flights:
         if flight.ending is None:
             flight.ending = self._owner.spawn(flight.close(), name="end")
         return flight.ending
+
+    async def wait_unused(self, sources: Collection[Source]) -> None:
+        """Return once no flight has any of *sources* to ask."""
+        while any(flight.may_ask(sources) for flight in self._by_study.values()):
+            self._one_ended.clear()
+            await self._one_ended.wait()
 
     def spawn(self, coro: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Start a task that may outlive the flight it is for."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from dicomproxy.dataset.identifier import Identifier
 from dicomproxy.dataset.levels import Level, Root
 from dicomproxy.ports import (
     LOCAL,
@@ -16,9 +17,12 @@ from dicomproxy.ports import (
     DestinationError,
     Failure,
     Location,
+    RetrieveOrder,
     RetrieveProgress,
     SourceError,
+    SourceQuery,
 )
+from dicomproxy.retrieval import leg
 from dicomproxy.retrieval import relay as relay_module
 from dicomproxy.retrieval.coordinator import RetrieveCoordinator, RetrieveOutcome, RetrieveRequest
 from dicomproxy.retrieval.operation import RetrieveOperation
@@ -1227,6 +1231,121 @@ async def test_a_far_source_is_asked_on_several_associations(build: Build) -> No
     assert task.result() == RetrieveOutcome(0x0000, completed=30)
     assert set(far.sent.values()) == {1}
     assert len(far.orders) == 4
+
+
+async def test_a_source_is_in_use_until_its_last_flight_has_ended(build: Build) -> None:
+    """Nobody closes it under a study that is fetched to the end for nobody."""
+    north, south = Archive("north", study(3)), Archive("south")
+    gate = asyncio.Event()
+    north.gate = lambda uid: gate
+    world = build(north, south, finish_abandoned=True)
+    world.know(north)
+    operation = world.operation(Workstation())
+    async with running(operation), asyncio.timeout(SECONDS):
+        await until(lambda: bool(north.orders))
+        operation.cancel()
+    unused = asyncio.create_task(world.flights.wait_unused([north]))
+    await world.flights.wait_unused([south])
+    await settle()
+    assert not unused.done()
+    gate.set()
+    async with asyncio.timeout(SECONDS):
+        await unused
+    assert sorted(world.store.studies[STUDY].instances) == sorted(north.studies[STUDY].instances)
+
+
+@pytest.mark.parametrize("round_trip", [0.0, 0.03])
+async def test_an_order_that_has_brought_everything_is_not_cancelled(
+    build: Build, round_trip: float
+) -> None:
+    """The delivery ends with the last instance; the archive may say that it is done."""
+    north = SaysDoneLater("north", study(9))
+    north.round_trip_seconds = round_trip
+    world = build(north)
+    world.know(north)
+    assert (await run(world.operation(Workstation()))).completed == 9
+    assert world.flights.has_orders("north")
+    assert len(world.flights) == 0
+    north.say_done.set()
+    await until(lambda: not world.flights.has_orders("north"))
+    assert north.cancelled == 0
+
+
+async def test_an_order_that_never_says_that_it_is_done_is_cancelled(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes a place among those that the archive allows, so that this has an end."""
+    monkeypatch.setattr(leg, "_FINAL_SECONDS", 0.02)
+    north = SaysDoneLater("north", study(3))
+    world = build(north)
+    world.know(north)
+    assert (await run(world.operation(Workstation()))).completed == 3
+    await until(lambda: not world.flights.has_orders("north"))
+    assert north.cancelled == 1
+
+
+async def test_a_listing_that_fails_once_costs_nothing_twice(build: Build) -> None:
+    """Where instances are coming already, the archive is asked again what there is."""
+    far = Archive("far", study(12, 12))
+    far.round_trip_seconds = 0.03
+    failing = iter([SourceError("far", Failure.BUSY)])
+
+    async def find(query: SourceQuery) -> AsyncIterator[Identifier]:
+        rows = 0
+        async for row in Archive.find(far, query):
+            yield row
+            rows += 1
+            if query.level is Level.IMAGE and rows == 6:
+                await until(lambda: bool(far.orders))
+                for error in failing:
+                    raise error
+
+    far.find = find  # type: ignore[method-assign]
+    world = build(far)
+    world.know(far)
+    assert (await run(world.operation(Workstation()))).completed == 24
+    assert set(far.sent.values()) == {1}
+    assert {order.level for order in far.orders} == {Level.IMAGE}
+
+
+async def test_studies_share_what_a_far_source_gives(build: Build) -> None:
+    """Together they have no more lists than it works on at once, so that lists are long."""
+    uids = [f"1.{number}" for number in range(5, 9)]
+    far = Archive("far", *(study(40, uid=uid) for uid in uids))
+    far.round_trip_seconds, far.parallel_retrieves = 0.03, 4
+    gate = asyncio.Event()
+    far.gate = lambda uid: gate
+    world = build(far)
+    world.know(far)
+    async with asyncio.TaskGroup() as group:
+        moves = [
+            group.create_task(run(world.operation(Workstation(), study_request(uid))))
+            for uid in uids
+        ]
+        await until(lambda: len(far.orders) == 4)
+        await settle()
+        assert len(far.orders) == 4
+        gate.set()
+    assert [move.result().completed for move in moves] == [40] * 4
+    assert set(far.sent.values()) == {1}
+    assert len(far.orders) <= 4 * 3
+
+
+class SaysDoneLater(Archive):
+    def __init__(self, name: str, *studies: Study) -> None:
+        super().__init__(name, *studies)
+        self.say_done = asyncio.Event()
+
+    async def retrieve(self, order: RetrieveOrder) -> AsyncIterator[RetrieveProgress]:
+        done = False
+        try:
+            async for progress in super().retrieve(order):
+                if progress.final:
+                    await self.say_done.wait()
+                    done = True
+                yield progress
+        finally:
+            self.cancelled += not done
 
 
 async def test_a_far_source_that_refuses_lists_is_asked_so_once(build: Build) -> None:
