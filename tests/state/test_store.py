@@ -72,6 +72,26 @@ def break_disk(monkeypatch: pytest.MonkeyPatch, *methods: str) -> None:
         monkeypatch.setattr(Database, method, fail)
 
 
+async def test_what_is_remembered_in_short_order_is_written_in_one_go(
+    store: StateStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The legs of a query end one after the other; the file is written once for them."""
+    written: list[set[str]] = []
+    original = Database.write
+
+    def write(self: Database, changes: Changes, now: int) -> None:
+        written.append(set(changes))
+        original(self, changes, now)
+
+    monkeypatch.setattr(Database, "write", write)
+    for study in ("1.1", "1.2", "1.3"):
+        store.remember([at(study)])
+        for _ in range(10):
+            await asyncio.sleep(0)
+    await store.flush()
+    assert written == [{"1.1", "1.2", "1.3"}]
+
+
 async def test_study_never_seen_has_no_holder(store: StateStore) -> None:
     """An unknown study is answered with nothing, also when asked again."""
     assert await store.find("1.2.3") == ()
