@@ -66,6 +66,10 @@ class Lease:
             self._over = True
             self._pool._returned(self.association, keep=self._pooled)
 
+    def answered_in(self, seconds: float) -> None:
+        """Tell the pool how long a first response took; see there."""
+        self._pool.answered_in(seconds)
+
     def discard(self) -> None:
         """Abort: the association is in an unknown state."""
         if not self._over:
@@ -119,6 +123,7 @@ class AssociationPool:
         self._waiters: deque[tuple[Purpose, asyncio.Future[None]]] = deque()
         self._tasks = TaskOwner(f"pool-{target.called_ae_title}")
         self._round_trips: deque[float] = deque(maxlen=_ROUND_TRIPS)
+        self._answers: deque[float] = deque(maxlen=_ROUND_TRIPS)
         self._closed = False
 
     def __repr__(self) -> str:
@@ -137,8 +142,15 @@ class AssociationPool:
 
     @property
     def round_trip_seconds(self) -> float:
-        """How far away the peer is: the shortest A-ASSOCIATE lately; 0 where there was none."""
-        return min(self._round_trips, default=0.0)
+        """How far away the peer is, in seconds: the quickest answer lately; 0 where there was none.
+
+        The quickest one, since whatever else keeps us or the peer busy only adds to it.
+        """
+        return min((*self._round_trips, *self._answers), default=0.0)
+
+    def answered_in(self, seconds: float) -> None:
+        """Note how long the first response to a request took: no less than a round trip."""
+        self._answers.append(seconds)
 
     @property
     def _limit(self) -> int:

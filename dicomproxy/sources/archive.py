@@ -239,6 +239,7 @@ class Archive:
                     except NoContext:
                         lease.done()
                         raise
+                    asked_at = time.monotonic()
                     responses = exchange(
                         lease,
                         context,
@@ -249,7 +250,9 @@ class Archive:
                     )
                     async with aclosing(responses):
                         async for response in responses:
-                            answered = True
+                            if not answered:
+                                answered = True
+                                lease.answered_in(time.monotonic() - asked_at)
                             if probing is not None:
                                 # Found out: nobody waits until a whole study has come.
                                 self.breaker.success()

@@ -1308,6 +1308,31 @@ async def test_a_listing_that_fails_once_costs_nothing_twice(build: Build) -> No
     assert {order.level for order in far.orders} == {Level.IMAGE}
 
 
+async def test_instances_of_a_far_source_arrive_while_it_is_still_listing(build: Build) -> None:
+    """The first few are ordered and delivered as soon as they are known; the rest follows."""
+    far = Archive("far", study(20))
+    far.round_trip_seconds, far.parallel_retrieves = 0.03, 3
+    go_on = asyncio.Event()
+
+    async def find(query: SourceQuery) -> AsyncIterator[Identifier]:
+        rows = 0
+        async for row in Archive.find(far, query):
+            yield row
+            rows += 1
+            if query.level is Level.IMAGE and rows == 6:
+                await go_on.wait()
+
+    far.find = find  # type: ignore[method-assign]
+    world, workstation = build(far), Workstation()
+    world.know(far)
+    async with running(world.operation(workstation)) as task:
+        await until(lambda: len(workstation.received) == 4)
+        assert [len(order.sop_instance_uids) for order in far.orders[:1]] == [4]
+        go_on.set()
+    assert task.result() == RetrieveOutcome(0x0000, completed=20)
+    assert set(far.sent.values()) == {1}
+
+
 async def test_studies_share_what_a_far_source_gives(build: Build) -> None:
     """Together they have no more lists than it works on at once, so that lists are long."""
     uids = [f"1.{number}" for number in range(5, 9)]

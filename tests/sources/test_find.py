@@ -593,3 +593,19 @@ async def test_health_tells_of_success() -> None:
         assert len(health.latencies) == 1
         assert (health.in_use, health.idle, health.ceiling) == (0, 1, 3)
         assert at.peer.commands[0].field == CommandField.C_FIND_RQ
+
+
+async def test_distance_is_the_quickest_of_all_answers() -> None:
+    """An association that came about slowly does not make a near archive a far one."""
+
+    async def admit(_request: AssociateRequest) -> AssociateReject | None:
+        await asyncio.sleep(0.05)
+        return None
+
+    async with asking(StandIn(answers(row("1.1")), admit=admit)) as at:
+        await at.find()
+        slow = at.archive.pool._round_trips[0]
+        assert slow >= 0.05
+        for _ in range(3):
+            await at.find()
+        assert 0 < at.archive.pool.round_trip_seconds < slow
