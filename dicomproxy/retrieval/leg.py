@@ -153,6 +153,10 @@ class Leg:
             self._gave_up = self._stalled = False
             self._attempts.clear()
             self._units.clear()
+        if self.paused_missing is not None:
+            # A flight may last longer than the pause in which it began.
+            study = self._flight.study_instance_uid
+            self.paused_missing = self._flight.flights.paused(study, self.name)
         fresh = now - self._loaded_at < MANIFEST_FRESH_SECONDS
         if self.paused_missing is None and not (self._loading or self.conflict or fresh):
             self._load(likely)

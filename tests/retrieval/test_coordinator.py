@@ -25,7 +25,10 @@ from dicomproxy.ports import (
 from dicomproxy.retrieval import leg
 from dicomproxy.retrieval import relay as relay_module
 from dicomproxy.retrieval.coordinator import RetrieveCoordinator, RetrieveOutcome, RetrieveRequest
+from dicomproxy.retrieval.holder import Holder
 from dicomproxy.retrieval.operation import RetrieveOperation
+from dicomproxy.retrieval.selection import Selection
+from dicomproxy.retrieval.subscription import FlightOutcome, FlightRequest
 from tests.retrieval.fakes import (
     CT,
     STUDY,
@@ -1331,6 +1334,23 @@ async def test_instances_of_a_far_source_arrive_while_it_is_still_listing(build:
         go_on.set()
     assert task.result() == RetrieveOutcome(0x0000, completed=20)
     assert set(far.sent.values()) == {1}
+
+
+async def test_a_pause_ends_within_a_flight_that_began_in_it(build: Build) -> None:
+    """A source that failed is asked again once the pause is over, whoever else is served still."""
+    north = Archive("north", study(3))
+    world = build(north)
+    world.know(north)
+    north.down()
+    await run(world.operation(Workstation()))
+    north.up()
+    north.orders.clear()
+    request = FlightRequest(STUDY, Selection(), (Holder(north),), frozenset({"north"}))
+    async with world.flights.join(request) as early:
+        assert isinstance(await anext(early), FlightOutcome)
+        assert north.orders == []
+        world.flights._pauses.clear()  # time goes by
+        assert (await run(world.operation(Workstation()))).completed == 3
 
 
 async def test_studies_share_what_a_far_source_gives(build: Build) -> None:
