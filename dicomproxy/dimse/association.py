@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from dicomproxy.dimse.blocks import BlockPool
+from dicomproxy.dimse.blocks import Block, BlockPool
 from dicomproxy.dimse.command import Command, decode_command
 from dicomproxy.dimse.errors import (
     AssociationAborted,
@@ -56,6 +56,7 @@ __all__ = [
 
 _HEAD_BYTES: Final = PDV_HEAD.size
 _LEAST_PDU_BYTES: Final = 16
+_GAP_BYTES: Final = 1024  # a C-STORE-RQ takes some 300
 
 
 @dataclass(slots=True)
@@ -244,10 +245,7 @@ class Association:
         async with self._sending:
             self._check_sendable()
             try:
-                self.protocol.write(
-                    message_pdus(context.context_id, encoded, None, self._pdu_bytes)
-                )
-                await self._send_stream(context.context_id, data)
+                await self._send_stream(context.context_id, encoded, data)
             except AssociationError:
                 raise
             except BaseException:
@@ -299,25 +297,32 @@ class Association:
     @property
     def _pdu_bytes(self) -> int:
         """Longest P-DATA-TF to send, headers included."""
-        most = self._send_pool.block_bytes
+        most = self._send_pool.block_bytes - self._gap_bytes
         if self.peer_max_length:
             most = min(most, max(self.peer_max_length, _LEAST_PDU_BYTES) + 6)
         # Even: fragments have an even length but for a data set's odd end, and
         # some receivers give up on others (PS3.7 Annex F).
         return most & ~1
 
-    async def _send_stream(self, context_id: int, data: DataSource) -> None:
+    async def _send_stream(self, context_id: int, command: bytes, data: DataSource) -> None:
+        """Send a command and a data set block by block, the command along with the first."""
         size = data.size
         pdu_bytes = self._pdu_bytes
         chunk = pdu_bytes - _HEAD_BYTES
+        head = message_pdus(context_id, command, None, pdu_bytes)
+        block = self._send_pool.acquire() or await self._block()
         try:
-            async with asyncio.timeout(self._stall_seconds):
-                block = await self._send_pool.acquire_wait()
-        except TimeoutError:
-            self.abort()
-            raise AssociationTimeout("memory for sending") from None
-        try:
-            per_block = self._send_pool.block_bytes // pdu_bytes
+            # Every block has its PDUs behind the same gap, so that they are laid out
+            # once; in the first one the command goes into the end of the gap.
+            gap = self._gap_bytes
+            begin = gap - len(head)
+            if begin < 0:
+                self.protocol.write(head)
+                await self._drain()
+                begin = gap
+            else:
+                block.view[begin:gap] = head
+            per_block = (self._send_pool.block_bytes - gap) // pdu_bytes
             full = PDV_HEAD.pack(PduType.P_DATA_TF, chunk + 6, chunk + 2, context_id, 0)
             laid_out = 0  # PDUs of the block whose head is that of a full one
             offset = 0
@@ -327,27 +332,31 @@ class Association:
                 is_last = offset + count * chunk >= size
                 tail = left - (count - 1) * chunk if is_last else chunk
                 views: list[memoryview] = []
+                at = gap
                 for number in range(count):
-                    at = number * pdu_bytes
                     length = chunk
                     if is_last and number == count - 1:
                         length = tail
-                        block.view[at : at + _HEAD_BYTES] = PDV_HEAD.pack(
-                            PduType.P_DATA_TF, length + 6, length + 2, context_id, 2
+                        PDV_HEAD.pack_into(
+                            block.view, at, PduType.P_DATA_TF, length + 6, length + 2, context_id, 2
                         )
                     elif number >= laid_out:
                         block.view[at : at + _HEAD_BYTES] = full
                         laid_out = number + 1
                     views.append(block.view[at + _HEAD_BYTES : at + _HEAD_BYTES + length])
+                    at += pdu_bytes
                 wanted = (count - 1) * chunk + tail
                 if wanted and await data.read_into(views, offset) != wanted:
                     raise OSError("the data set broke off")
                 if self._ended is not None:
                     raise self._ended
-                self.protocol.write(block.view[: (count - 1) * pdu_bytes + _HEAD_BYTES + tail])
+                end = gap + (count - 1) * pdu_bytes + _HEAD_BYTES + tail
+                self.protocol.write(block.view[begin:end])
                 # A block is reused only when the kernel has all of it: some
                 # event loops keep what they are given instead of copying it.
-                await self._drain()
+                if self.protocol.lost or not self.protocol.writable:
+                    await self._drain()
+                begin = gap
                 offset += wanted
                 if is_last:
                     return
@@ -357,6 +366,20 @@ class Association:
             else:
                 # Still referenced by the transport, which is being closed.
                 self._closed.add_done_callback(lambda _: self._send_pool.release(block))
+
+    async def _block(self) -> Block:
+        """Wait for a block to send from."""
+        try:
+            async with asyncio.timeout(self._stall_seconds):
+                return await self._send_pool.acquire_wait()
+        except TimeoutError:
+            self.abort()
+            raise AssociationTimeout("memory for sending") from None
+
+    @property
+    def _gap_bytes(self) -> int:
+        """Room in each block before its first PDU."""
+        return _GAP_BYTES if self._send_pool.block_bytes > 8 * _GAP_BYTES else 0
 
     async def _drain(self) -> None:
         """Wait until the kernel has everything, as long as some of it is taken; else abort."""

@@ -41,7 +41,8 @@ from dicomproxy.dimse.transport import AssociationProtocol
 from dicomproxy.logs import get_logger
 
 _RECEIVE_BLOCK_BYTES: Final = 128 * 1024
-_SEND_BLOCK_BYTES: Final = 256 * 1024
+# Two PDUs of 256 KiB, or four of 128 KiB, with their headers and a command before them.
+_SEND_BLOCK_BYTES: Final = 512 * 1024 + 4096
 
 _ASSOCIATIONS = Counter(
     "dicomproxy_associations_total", "Associations that are over.", ("role", "outcome")

@@ -407,10 +407,9 @@ async def test_source_that_breaks_off_aborts(source: Short | Unreadable) -> None
 
 
 async def test_sending_waits_for_memory_up_to_the_stall_deadline() -> None:
-    """With every block for sending lent out, the sender waits, then aborts."""
+    """With every block for sending lent out, the sender waits, then aborts; no command is sent."""
 
     async def sees_abort(peer: RawPeer, _gate: asyncio.Event) -> None:
-        assert (await peer.receive_pdu())[0] == PduType.P_DATA_TF  # the command went ahead
         await peer.expect_abort()
 
     async with staged(
@@ -426,6 +425,22 @@ async def test_sending_waits_for_memory_up_to_the_stall_deadline() -> None:
         for block in blocks:
             assert block is not None
             pool.release(block)
+
+
+async def test_command_longer_than_its_place_in_a_block_goes_ahead() -> None:
+    """However long a command is, it arrives before its data set, both of them whole."""
+    command = request(
+        CommandField.C_STORE_RQ, CT, 1, data_set=True, affected_sop_instance_uid="1." + "2" * 3000
+    )
+
+    async def takes(peer: RawPeer, _gate: asyncio.Event) -> None:
+        assert await peer.expect_message() == (3, command, Pattern.bytes_at(0, 700_001))
+        await peer.released()
+
+    async with staged(takes) as stage:
+        association = stage.association
+        await association.send(association.context_for(CT), command, Pattern(700_001))
+        await association.release(5)
 
 
 async def test_sender_waiting_for_memory_goes_on_when_it_comes() -> None:
