@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 from prometheus_client import Counter
 
@@ -133,6 +134,7 @@ class WorkstationDelivery:
             self._settings.connect_timeout,
         )
         self._open: list[tuple[Association, frozenset[Pair]]] = []
+        self._accepted: WeakKeyDictionary[Association, dict[Pair, Context]] = WeakKeyDictionary()
         self._pairs: OrderedDict[Pair, None] = OrderedDict()
         self._reopened = False
 
@@ -311,14 +313,17 @@ class WorkstationDelivery:
         self, association: Association, instance: CachedInstance, reader: InstanceReader
     ) -> tuple[Context | None, DataSource | None, str]:
         """Choose the context and the data for it: as held, or converted; else say why not."""
-        contexts = {
-            context.transfer_syntax: context
-            for context in association.contexts.values()
-            if context.abstract_syntax == instance.sop_class_uid and context.as_scu
-        }
-        if (as_held := contexts.get(instance.transfer_syntax_uid)) is not None:
+        contexts = self._accepted.get(association)
+        if contexts is None:
+            contexts = self._accepted[association] = {
+                (context.abstract_syntax, context.transfer_syntax): context
+                for context in association.contexts.values()
+                if context.as_scu
+            }
+        sop_class = instance.sop_class_uid
+        if (as_held := contexts.get((sop_class, instance.transfer_syntax_uid))) is not None:
             return as_held, reader, ""
-        wanted = next((syntax for syntax in TARGETS if syntax in contexts), None)
+        wanted = next((one for one in TARGETS if (sop_class, one) in contexts), None)
         if wanted is None:
             return None, None, "no_context"
         try:
@@ -328,7 +333,7 @@ class WorkstationDelivery:
             return None, None, error.reason
         except OSError:
             return None, None, "unreadable"
-        return contexts[wanted], _Bytes(data), ""
+        return contexts[sop_class, wanted], _Bytes(data), ""
 
     def _not_deliverable(self, instance: CachedInstance, reason: str) -> None:
         _log.warning(
