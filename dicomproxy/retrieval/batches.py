@@ -119,6 +119,25 @@ def lists_of(
     return sorted(orders, key=lambda order: -len(order.sop_instance_uids))
 
 
+def early_orders(
+    study_instance_uid: str,
+    missing: Mapping[str, Sequence[str]],
+    listed: Mapping[str, Mapping[str, str]],
+    *,
+    running: int,
+    at_once: int,
+    patient_id: str = "",
+) -> list[RetrieveOrder]:
+    """Return orders for some of what is *missing* while more is being listed."""
+    length = early_length(sum(map(len, missing.values())), running, at_once)
+    if not length:
+        return []
+    if not running:
+        series, uids = next(iter(missing.items()))
+        missing = {series: uids[:length]}
+    return lists_of(study_instance_uid, missing, listed, length, patient_id=patient_id)
+
+
 def _lists(
     study_instance_uid: str,
     series: str,

@@ -28,11 +28,12 @@ from prometheus_client import Counter, Gauge
 
 from dicomproxy.ports import InstanceStore, Location, Locations, RetrieveOrder, Source
 from dicomproxy.retrieval.flight import Flight
-from dicomproxy.retrieval.pace import Pace
+from dicomproxy.retrieval.pace import Pace, is_near, orders_at_once, takes_lists
 from dicomproxy.retrieval.subscription import FlightRequest, Subscription
 from dicomproxy.tasks import OwnerClosed, TaskOwner
 
 _MAX_REMEMBERED: Final = 1000
+_NEAR_ORDERS: Final = 4
 
 _UNDER_WAY = Gauge("dicomproxy_flights", "Studies being fetched or delivered.")
 _ORDERS = Counter("dicomproxy_retrieve_orders_total", "Retrieves asked of a source.", ["source"])
@@ -230,6 +231,26 @@ class Flights:
     def shared_by(self, source: str) -> int:
         """Return how many studies are fetched from *source* at this moment."""
         return len(self._served.get(source, ()))
+
+    def orders_at_once(self, source: Source) -> int:
+        """Return how many orders of one study *source* is to have under way.
+
+        Studies that are fetched from it at the same time share its ceiling: many
+        short lists of each would cost more round trips than they hide.
+        """
+        return orders_at_once(
+            source.round_trip_seconds,
+            self.pace(source.name).seconds_per_instance,
+            max(1, source.parallel_retrieves // max(1, self.shared_by(source.name))),
+        )
+
+    def spread_over(self, source: Source) -> int:
+        """Return over how many orders a study is spread; 0 where one is asked for all of it."""
+        return self.orders_at_once(source) if takes_lists(source) else 0
+
+    def orders_limit(self, source: Source) -> int:
+        """Return how many orders of one study there may be, a near source being asked coarsely."""
+        return _NEAR_ORDERS if is_near(source) else self.orders_at_once(source)
 
     def remember_series(
         self, study_instance_uid: str, source: str, series_instance_uids: Iterable[str]

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from dicomproxy.dataset.levels import Level
 from dicomproxy.logs import error_fields, get_logger
@@ -23,14 +22,23 @@ from dicomproxy.ports import (
 )
 from dicomproxy.retrieval.batches import (
     MAX_UIDS,
-    early_length,
-    lists_of,
+    early_orders,
     orders_for_missing,
     orders_for_selection,
 )
 from dicomproxy.retrieval.holder import Holder, Standing
 from dicomproxy.retrieval.manifest import Listing, Manifest, closing, load_manifest
-from dicomproxy.retrieval.pace import FAR_SECONDS, orders_at_once
+from dicomproxy.retrieval.orders import (
+    HOPELESS,
+    Orders,
+    Running,
+    Unit,
+    brought_what_it_says,
+    final_response,
+    has_brought_all,
+    was_refused,
+)
+from dicomproxy.retrieval.pace import takes_lists
 from dicomproxy.retrieval.selection import Selection, selection_of
 
 if TYPE_CHECKING:
@@ -42,47 +50,7 @@ _log = get_logger()
 MANIFEST_FRESH_SECONDS: Final = 5.0
 """A manifest younger than this serves a retrieve that begins now."""
 
-MAX_ORDERS: Final = 4
-"""Orders of one study under way at one holder; its own ceiling may be lower."""
-
-_FINAL_SECONDS: Final = 5.0
-"""How long after its last instance an order may take to say that it is over."""
-
-# Failures that a second attempt at the same holder would only repeat.
-_HOPELESS: Final = frozenset(
-    {Failure.UNREACHABLE, Failure.REJECTED, Failure.NO_CONTEXT, Failure.BREAKER}
-)
 _WHOLE_STUDY: Final = ""
-
-
-@dataclass(slots=True, eq=False)
-class _Running:
-    """An order under way, and which instances it has brought."""
-
-    order: RetrieveOrder
-    selection: Selection
-    progress: RetrieveProgress = field(default_factory=RetrieveProgress)
-    arrived: set[str] = field(default_factory=set)
-    task: asyncio.Task[None] | None = None
-
-
-@dataclass(slots=True)
-class _Unit:
-    """A study or series fetched from a holder that cannot list its instances."""
-
-    attempts: int = 0
-    complete: bool = False
-
-
-async def _final_response(order: asyncio.Task[None]) -> None:
-    """Let an order end by itself; one that does not is cancelled."""
-    try:
-        async with asyncio.timeout(_FINAL_SECONDS):
-            await asyncio.wait([order])
-    except TimeoutError:
-        pass
-    finally:
-        order.cancel()
 
 
 class Leg:
@@ -101,10 +69,10 @@ class Leg:
         self._loaded_at = float("-inf")
         self._failed_at: float | None = None
         self._unreachable: Failure | None = None
-        self._orders: list[_Running] = []
-        self._unsettled: list[_Running] = []
+        self._orders = Orders()
+        self._unsettled: list[Running] = []
         self._attempts: dict[str, int] = {}
-        self._units: dict[str, _Unit] = {}
+        self._units: dict[str, Unit] = {}
         self._refused: dict[str, str] = {}
         now = asyncio.get_running_loop().time()
         self._finest = flight.flights.pace(holder.name).finest(now)
@@ -130,13 +98,7 @@ class Leg:
 
     def best_total(self) -> int:
         """Return how many instances the running orders are said to bring."""
-        return sum(
-            (running.progress.remaining or 0)
-            + running.progress.completed
-            + running.progress.failed
-            + running.progress.warning
-            for running in self._orders
-        )
+        return self._orders.said_to_come()
 
     # ------------------------------------------------------------ serving
 
@@ -175,7 +137,7 @@ class Leg:
                 step = self._decide(subscription, last)
                 if isinstance(step, Standing):
                     return step
-                limit = max(self._at_once_limit(), MAX_ORDERS if self._is_near() else 1)
+                limit = self._flight.flights.orders_limit(self.holder.source)
                 for order in step[: max(0, limit - len(self._orders))]:
                     self._start(order)
                 # Orders and manifests end by the source's own deadlines, and wake us.
@@ -207,12 +169,10 @@ class Leg:
         """Order what can be ordered before the manifest is known: what is surely not here."""
         if self._gave_up:
             return []
-        if self._spreads():
+        if takes_lists(self.holder.source):
             return self._listed_so_far(subscription)
         wanted = subscription.selection
-        if subscription.is_narrowed or subscription.listed:
-            return []
-        if self.holder.source.wants_sop_classes:
+        if subscription.is_narrowed or subscription.listed or self.holder.source.wants_sop_classes:
             return []  # better ordered once the instances are known
         held = self._flight.lease.instances
         if wanted.level is Level.STUDY:
@@ -225,7 +185,7 @@ class Leg:
             series = frozenset(
                 uid
                 for uid in wanted.series_instance_uids
-                if uid not in begun and not self._covers_series(uid)
+                if uid not in begun and not self._orders.cover_series(uid)
             )
             if not series or _WHOLE_STUDY in self._units:
                 return []
@@ -236,7 +196,7 @@ class Leg:
             for uid in wanted.sop_instance_uids
             if not self._flight.available(subscription, uid)
             and uid not in self._attempts
-            and not self._covers(series_uid, uid)
+            and not self._orders.cover(series_uid, uid)
         )
         if not missing or self._units:
             return []
@@ -255,19 +215,14 @@ class Leg:
             },
             limit=1,
         )
-        at_once = self._at_once_limit()
-        running = len(self._orders)
-        length = early_length(sum(map(len, fetchable.values())), running, at_once)
-        if not length or self._finest is not Level.IMAGE:
+        if self._finest is not Level.IMAGE:
             return []
-        if not running:
-            series, uids = next(iter(fetchable.items()))
-            fetchable = {series: uids[:length]}
-        return lists_of(
+        return early_orders(
             self._flight.study_instance_uid,
             fetchable,
             self._listing,
-            length,
+            running=len(self._orders),
+            at_once=self._flight.flights.orders_at_once(self.holder.source),
             patient_id=self.holder.patient_id,
         )
 
@@ -297,12 +252,8 @@ class Leg:
         self, subscription: Subscription, limit: int
     ) -> list[RetrieveOrder] | Standing:
         """Go by what the holder says of its own orders, where it cannot list instances."""
-        explicit = dict(subscription.also)
-        if subscription.selection.level is Level.IMAGE:
-            series_uid = next(iter(subscription.selection.series_instance_uids), "")
-            for uid in subscription.selection.sop_instance_uids:
-                explicit.setdefault(uid, series_uid)
-        if self._unreachable in _HOPELESS:
+        explicit = {**subscription.selection.named(), **subscription.also}
+        if self._unreachable in HOPELESS:
             limit = 0
         orders, waiting, missing = self._missing(subscription, explicit, limit)
         incomplete: list[str] = []
@@ -310,10 +261,10 @@ class Leg:
             subscription
         ):
             for key in self._units_for(subscription):
-                unit = self._units.get(key) or _Unit()
+                unit = self._units.get(key) or Unit()
                 if unit.complete or self._is_complete(_WHOLE_STUDY):
                     continue
-                if self._covers_series(key):
+                if self._orders.cover_series(key):
                     waiting = True
                 elif unit.attempts < limit:
                     level = Level.SERIES if key else Level.STUDY
@@ -349,7 +300,9 @@ class Leg:
         }
         subscription.pending = set(missing)
         waiting = any(
-            self._covers(series, uid) for uid, series in missing.items() if uid not in self._refused
+            self._orders.cover(series, uid)
+            for uid, series in missing.items()
+            if uid not in self._refused
         )
         orders = orders_for_missing(
             self._flight.study_instance_uid,
@@ -357,11 +310,8 @@ class Leg:
             self.manifest.series if self.manifest is not None else {},
             patient_id=self.holder.patient_id,
             finest=self._finest,
-            spread_over=self._at_once_limit() if self._spreads() else 0,
-            outstanding=sum(
-                len(running.selection.sop_instance_uids - running.arrived)
-                for running in self._orders
-            ),
+            spread_over=self._flight.flights.spread_over(self.holder.source),
+            outstanding=self._orders.outstanding(),
         )
         return orders, waiting, missing
 
@@ -369,32 +319,11 @@ class Leg:
         """Return what of *missing* may be asked for now, by series."""
         fetchable: dict[str, list[str]] = {}
         for uid, series in missing.items():
-            if uid in self._refused or self._covers(series, uid):
+            if uid in self._refused or self._orders.cover(series, uid):
                 continue
             if self._attempts.get(uid, 0) < limit:
                 fetchable.setdefault(series, []).append(uid)
         return fetchable
-
-    def _at_once_limit(self) -> int:
-        """Return how many orders this holder is to have under way.
-
-        Studies that are fetched from it at the same time share its ceiling: many
-        short lists of each would cost more round trips than they hide.
-        """
-        source = self.holder.source
-        flights = self._flight.flights
-        return orders_at_once(
-            source.round_trip_seconds,
-            flights.pace(self.name).seconds_per_instance,
-            max(1, source.parallel_retrieves // max(1, flights.shared_by(self.name))),
-        )
-
-    def _is_near(self) -> bool:
-        return self.holder.source.round_trip_seconds < FAR_SECONDS
-
-    def _spreads(self) -> bool:
-        """Whether it is asked by lists of instances, several at a time."""
-        return not self._is_near() and self.holder.source.parallel_retrieves > 1
 
     def _units_for(self, subscription: Subscription) -> list[str]:
         """Return what has to be fetched whole: Series Instance UIDs, or "" for the study."""
@@ -405,7 +334,7 @@ class Leg:
             # The rest is had from elsewhere; only series that are not are of interest.
             elsewhere = subscription.exclude_series | set(subscription.listed.values())
             return sorted(series - elsewhere)
-        if series and any(self._covers_series(uid) or uid in self._units for uid in series):
+        if series and any(self._orders.cover_series(uid) or uid in self._units for uid in series):
             return sorted(series)
         return [_WHOLE_STUDY]
 
@@ -425,29 +354,20 @@ class Leg:
             self._flight.study_instance_uid, selection, patient_id=self.holder.patient_id
         )
 
-    def _covers(self, series_instance_uid: str, sop_instance_uid: str) -> bool:
-        return any(
-            running.selection.covers(series_instance_uid, sop_instance_uid)
-            for running in self._orders
-        )
-
-    def _covers_series(self, series_instance_uid: str) -> bool:
-        return any(running.selection.covers_series(series_instance_uid) for running in self._orders)
-
     # ------------------------------------------------------------- orders
 
     def _start(self, order: RetrieveOrder) -> None:
-        running = _Running(order, selection_of(order))
+        running = Running(order, selection_of(order))
         self._orders.append(running)
         self._flight.asked.add(self.name)
         if order.level is Level.STUDY:
-            self._units.setdefault(_WHOLE_STUDY, _Unit())
+            self._units.setdefault(_WHOLE_STUDY, Unit())
         elif order.level is Level.SERIES:
             for uid in order.series_instance_uids:
-                self._units.setdefault(uid, _Unit())
+                self._units.setdefault(uid, Unit())
         running.task = self._flight.flights.spawn(self._run(running), f"order:{self.name}")
 
-    async def _run(self, running: _Running) -> None:
+    async def _run(self, running: Running) -> None:
         order = running.order
         started = asyncio.get_running_loop().time()
         if self._stalled:
@@ -488,31 +408,25 @@ class Leg:
             self._flight.wake()
 
     def _ended(
-        self, running: _Running, failure: Failure | None, final: RetrieveProgress | None
+        self, running: Running, failure: Failure | None, final: RetrieveProgress | None
     ) -> None:
         order = running.order
         self._fetched = self._fetched or bool(running.arrived) or failure is None
         if failure is None and final is None:
             failure = Failure.PROTOCOL
-        whole = (
-            failure is None
-            and final is not None
-            and final.status == 0
-            and final.failed == 0
-            and final.completed + final.warning == len(running.arrived)
-        )
+        whole = failure is None and brought_what_it_says(running, final)
         keys = order.series_instance_uids if order.level is not Level.STUDY else (_WHOLE_STUDY,)
         if order.level is not Level.IMAGE:
             for key in keys:
-                unit = self._units.setdefault(key, _Unit())
+                unit = self._units.setdefault(key, Unit())
                 unit.attempts += 1
                 unit.complete = unit.complete or whole
-        if failure in _HOPELESS:
+        if failure in HOPELESS:
             self._gave_up = True
             self._unreachable = failure
         elif failure is Failure.TIMEOUT:
             self._stalled = True
-        refused = self._was_refused(running, failure, final)
+        refused = was_refused(running, failure, final)
         if refused and self._finest is not Level.STUDY:
             # Perhaps it takes no UID lists, or nothing below a study. No attempt
             # is counted: each level can be found out about but once.
@@ -537,20 +451,7 @@ class Leg:
             )
         self._flight.wake()
 
-    @staticmethod
-    def _was_refused(
-        running: _Running, failure: Failure | None, final: RetrieveProgress | None
-    ) -> bool:
-        """Tell whether an order below STUDY level was answered with nothing but a failure."""
-        if running.order.level is Level.STUDY or running.arrived:
-            return False
-        if final is not None and (final.failed or final.failed_sop_instance_uids):
-            return False  # it was understood: these instances could not be sent
-        return failure is Failure.STATUS or (
-            final is not None and final.status >> 12 in (0x0, 0xA, 0xC) and final.status != 0
-        )
-
-    def _settle(self, running: _Running) -> int:
+    def _settle(self, running: Running) -> int:
         """Count an attempt for whatever *running* should have brought; how much it did not."""
         expected: set[str] = set(running.order.sop_instance_uids)
         if self.verified and self.manifest is not None:
@@ -563,32 +464,16 @@ class Leg:
 
     def stop(self) -> None:
         """Cancel every order at the holder."""
-        for running in self._orders:
-            if running.task is not None:
-                running.task.cancel()
+        self._orders.cancel()
 
     def leave(self) -> list[asyncio.Task[None]]:
-        """Cancel what is still to bring anything, and return the tasks that end so.
-
-        An order that has brought everything lacks only its final response: that is
-        read, so that its archive is not told to cancel what is done.
-        """
-        cancelled = []
-        for running in self._orders:
-            if running.task is None:
-                continue
-            if self._has_brought_all(running):
-                self._flight.flights.spawn(_final_response(running.task), f"final:{self.name}")
-            else:
-                running.task.cancel()
-                cancelled.append(running.task)
-        return cancelled
-
-    def _has_brought_all(self, running: _Running) -> bool:
-        expected = set(running.order.sop_instance_uids)
-        if not expected and self.verified and self.manifest is not None:
-            expected = set(self.manifest.listed(running.selection))
-        return bool(expected) and expected <= running.arrived | self._refused.keys()
+        """Cancel what is still to bring anything, and return the tasks that end so."""
+        manifest = self.manifest if self.verified else None
+        done = [one for one in self._orders if has_brought_all(one, manifest, self._refused)]
+        for running in done:
+            if running.task is not None:
+                self._flight.flights.spawn(final_response(running.task), f"final:{self.name}")
+        return self._orders.cancel(done)
 
     def again(self, sop_instance_uid: str) -> None:
         """Allow an instance to be asked for again: what came was damaged since."""
@@ -662,22 +547,16 @@ class Leg:
 
         Without a listing the whole study would be asked for, those a second time.
         """
-        for again in (True, False):
-            try:
-                return await load_manifest(
-                    self.holder.source,
-                    self._flight.study_instance_uid,
-                    interactive=True,
-                    series=likely,
-                    into=self._listing,
-                    progress=self._row_listed,
-                )
-            except SourceError as error:
-                begun = self.manifest is None and bool(self._orders or self._fetched)
-                if not (again and begun) or error.failure is Failure.UNREACHABLE:
-                    raise
-                self._listing = {}
-        raise AssertionError  # the second failure was raised
+        source, study = self.holder.source, self._flight.study_instance_uid
+        more: dict[str, Any] = {"series": likely, "progress": self._row_listed}
+        try:
+            return await load_manifest(source, study, into=self._listing, **more)
+        except SourceError as error:
+            begun = self.manifest is None and (self._orders or self._fetched)
+            if not begun or error.failure is Failure.UNREACHABLE:
+                raise
+            self._listing = {}
+            return await load_manifest(source, study, into=self._listing, **more)
 
     def _not_loaded(self, failure: Failure) -> None:
         if self.manifest is None:

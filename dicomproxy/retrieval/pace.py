@@ -12,6 +12,7 @@ import math
 from typing import Final
 
 from dicomproxy.dataset.levels import Level
+from dicomproxy.ports import Source
 
 FAR_SECONDS: Final = 0.002
 """The round trip from which parallel orders pay."""
@@ -22,6 +23,16 @@ _WEIGHT: Final = 0.3
 _FEWEST_MEASURED: Final = 5
 _SET_UP_ROUND_TRIPS: Final = 3  # the request, and an association back to us
 _REMEMBERED_SECONDS: Final = 3600.0
+
+
+def is_near(source: Source) -> bool:
+    """Tell whether *source* is so near that no round trip need be hidden."""
+    return source.round_trip_seconds < FAR_SECONDS
+
+
+def takes_lists(source: Source) -> bool:
+    """Tell whether *source* is asked by lists of instances, several at a time."""
+    return not is_near(source) and source.parallel_retrieves > 1
 
 
 def orders_at_once(

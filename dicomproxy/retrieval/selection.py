@@ -36,6 +36,11 @@ class Selection:
             return series_instance_uid in self.series_instance_uids
         return self.level is not Level.IMAGE
 
+    def named(self) -> dict[str, str]:
+        """Return the instances asked for by name, with the series they were named with."""
+        series = next(iter(self.series_instance_uids), "")
+        return dict.fromkeys(self.sop_instance_uids, series) if self.level is Level.IMAGE else {}
+
 
 def selection_of(order: RetrieveOrder) -> Selection:
     """Return what *order* asks for of its one study."""

@@ -22,7 +22,7 @@ from dicomproxy.ports import (
     SourceError,
     SourceQuery,
 )
-from dicomproxy.retrieval import leg
+from dicomproxy.retrieval import orders
 from dicomproxy.retrieval import relay as relay_module
 from dicomproxy.retrieval.coordinator import RetrieveCoordinator, RetrieveOutcome, RetrieveRequest
 from dicomproxy.retrieval.holder import Holder
@@ -1278,7 +1278,7 @@ async def test_an_order_that_never_says_that_it_is_done_is_cancelled(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It takes a place among those that the archive allows, so that this has an end."""
-    monkeypatch.setattr(leg, "_FINAL_SECONDS", 0.02)
+    monkeypatch.setattr(orders, "_FINAL_SECONDS", 0.02)
     north = SaysDoneLater("north", study(3))
     world = build(north)
     world.know(north)
