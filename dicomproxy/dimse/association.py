@@ -297,7 +297,11 @@ class Association:
     @property
     def _pdu_bytes(self) -> int:
         """Longest P-DATA-TF to send, headers included."""
-        most = self._send_pool.block_bytes - self._gap_bytes
+        return self._pdu_bytes_in(self._send_pool.block_bytes)
+
+    def _pdu_bytes_in(self, block_bytes: int) -> int:
+        """Longest P-DATA-TF to send from a block of that size, headers included."""
+        most = block_bytes - _gap_in(block_bytes)
         if self.peer_max_length:
             most = min(most, max(self.peer_max_length, _LEAST_PDU_BYTES) + 6)
         # Even: fragments have an even length but for a data set's odd end, and
@@ -307,14 +311,15 @@ class Association:
     async def _send_stream(self, context_id: int, command: bytes, data: DataSource) -> None:
         """Send a command and a data set block by block, the command along with the first."""
         size = data.size
-        pdu_bytes = self._pdu_bytes
-        chunk = pdu_bytes - _HEAD_BYTES
-        head = message_pdus(context_id, command, None, pdu_bytes)
         block = self._send_pool.acquire() or await self._block()
         try:
+            block_bytes = block.view.nbytes
+            pdu_bytes = self._pdu_bytes_in(block_bytes)
+            chunk = pdu_bytes - _HEAD_BYTES
+            head = message_pdus(context_id, command, None, pdu_bytes)
             # Every block has its PDUs behind the same gap, so that they are laid out
             # once; in the first one the command goes into the end of the gap.
-            gap = self._gap_bytes
+            gap = _gap_in(block_bytes)
             begin = gap - len(head)
             if begin < 0:
                 self.protocol.write(head)
@@ -322,7 +327,7 @@ class Association:
                 begin = gap
             else:
                 block.view[begin:gap] = head
-            per_block = (self._send_pool.block_bytes - gap) // pdu_bytes
+            per_block = (block_bytes - gap) // pdu_bytes
             full = PDV_HEAD.pack(PduType.P_DATA_TF, chunk + 6, chunk + 2, context_id, 0)
             laid_out = 0  # PDUs of the block whose head is that of a full one
             offset = 0
@@ -375,11 +380,6 @@ class Association:
         except TimeoutError:
             self.abort()
             raise AssociationTimeout("memory for sending") from None
-
-    @property
-    def _gap_bytes(self) -> int:
-        """Room in each block before its first PDU."""
-        return _GAP_BYTES if self._send_pool.block_bytes > 8 * _GAP_BYTES else 0
 
     async def _drain(self) -> None:
         """Wait until the kernel has everything, as long as some of it is taken; else abort."""
@@ -609,6 +609,11 @@ class Association:
 
 def _collect(association: Association, context: Context, command: Command) -> Sink:
     return BytesSink(association.limits.max_identifier_bytes)
+
+
+def _gap_in(block_bytes: int) -> int:
+    """Room in a block before its first PDU."""
+    return _GAP_BYTES if block_bytes > 8 * _GAP_BYTES else 0
 
 
 def _nothing() -> None:

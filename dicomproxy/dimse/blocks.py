@@ -1,4 +1,4 @@
-"""A bounded pool of equal blocks of memory, shared by every association.
+"""A bounded pool of blocks of memory, shared by every association.
 
 What the process holds for data in flight is the pool, whatever the number of
 peers, the size of objects or the speed of disks: who finds it empty waits.
@@ -23,25 +23,38 @@ class Block:
 
 
 class BlockPool:
-    """At most *limit* blocks of *block_bytes* each, made when first needed."""
+    """At most *limit* blocks of *block_bytes* each, made when first needed.
 
-    def __init__(self, block_bytes: int, limit: int) -> None:
+    Args:
+        small_bytes: of the blocks lent while none of those is left; less than *block_bytes*.
+        small_limit: how many of them there may be.
+    """
+
+    def __init__(
+        self, block_bytes: int, limit: int, *, small_bytes: int = 0, small_limit: int = 0
+    ) -> None:
         self.block_bytes = block_bytes
         self._limit = limit
         self._made = 0
         self._free: list[Block] = []
+        self._small_bytes = small_bytes
+        self._small_limit = small_limit
+        self._small_made = 0
+        self._small_free: list[Block] = []
         self._waiters: deque[Callable[[], None]] = deque()
 
     def __repr__(self) -> str:
+        small = f"small={self._small_made}/{self._small_limit}, " if self._small_limit else ""
         return (
-            f"BlockPool(made={self._made}/{self._limit}, free={len(self._free)}, "
-            f"waiting={len(self._waiters)})"
+            f"BlockPool(made={self._made}/{self._limit}, {small}"
+            f"free={len(self._free) + len(self._small_free)}, waiting={len(self._waiters)})"
         )
 
     @property
     def lent(self) -> int:
         """Blocks in somebody's hands."""
-        return self._made - len(self._free)
+        made = self._made + self._small_made
+        return made - len(self._free) - len(self._small_free)
 
     def acquire(self) -> Block | None:
         """Return a block with one user, or ``None`` while all are lent."""
@@ -50,6 +63,11 @@ class BlockPool:
         elif self._made < self._limit:
             self._made += 1
             block = Block(self.block_bytes)
+        elif self._small_free:
+            block = self._small_free.pop()
+        elif self._small_made < self._small_limit:
+            self._small_made += 1
+            block = Block(self._small_bytes)
         else:
             return None
         block.users = 1
@@ -60,10 +78,11 @@ class BlockPool:
         block.users -= 1
         if block.users:
             return
-        self._free.append(block)
+        is_large = block.view.nbytes == self.block_bytes
+        (self._free if is_large else self._small_free).append(block)
         # A waiter takes its block at once; one that has no use for it any more
         # takes none, and then it is the next one's.
-        while self._free and self._waiters:
+        while (self._free or self._small_free) and self._waiters:
             self._waiters.popleft()()
 
     def when_free(self, callback: Callable[[], None]) -> None:

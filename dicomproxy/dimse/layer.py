@@ -43,6 +43,11 @@ from dicomproxy.logs import get_logger
 _RECEIVE_BLOCK_BYTES: Final = 128 * 1024
 # Two PDUs of 256 KiB, or four of 128 KiB, with their headers and a command before them.
 _SEND_BLOCK_BYTES: Final = 512 * 1024 + 4096
+# A peer that stops reading keeps its block until the stall deadline. So that a few dozen of
+# those hold up nobody, a quarter of the memory is in blocks of one PDU of the usual 16 KiB:
+# some two hundred senders have memory at once, the first two dozen of them plenty.
+_SMALL_SEND_BLOCK_BYTES: Final = 16 * 1024 + 4096
+_SMALL_SEND_SHARE: Final = 4
 
 _ASSOCIATIONS = Counter(
     "dicomproxy_associations_total", "Associations that are over.", ("role", "outcome")
@@ -112,8 +117,13 @@ class UpperLayer:
         self.receive_pool = BlockPool(
             _RECEIVE_BLOCK_BYTES, max(4, self.limits.receive_memory_bytes // _RECEIVE_BLOCK_BYTES)
         )
+        small_bytes = self.limits.send_memory_bytes // _SMALL_SEND_SHARE
+        large_bytes = self.limits.send_memory_bytes - small_bytes
         self.send_pool = BlockPool(
-            _SEND_BLOCK_BYTES, max(2, self.limits.send_memory_bytes // _SEND_BLOCK_BYTES)
+            _SEND_BLOCK_BYTES,
+            max(1, large_bytes // _SEND_BLOCK_BYTES),
+            small_bytes=_SMALL_SEND_BLOCK_BYTES,
+            small_limit=max(1, small_bytes // _SMALL_SEND_BLOCK_BYTES),
         )
         self.associations: set[Association] = set()
         self._prefix = secrets.token_hex(2)

@@ -51,6 +51,31 @@ def test_block_with_two_users_comes_back_with_the_last() -> None:
     assert taken(pool).users == 1
 
 
+def test_small_blocks_are_lent_when_no_other_is_left() -> None:
+    """Who comes late gets less, and each block goes back to its kind."""
+    pool = BlockPool(1024, 1, small_bytes=16, small_limit=2)
+    large, *small = taken(pool), taken(pool), taken(pool)
+    assert [len(block.view) for block in (large, *small)] == [1024, 16, 16]
+    assert pool.acquire() is None
+    assert (pool.lent, repr(pool)) == (3, "BlockPool(made=1/1, small=2/2, free=0, waiting=0)")
+    for block in (small[0], large):
+        pool.release(block)
+    assert (pool.lent, repr(pool)) == (1, "BlockPool(made=1/1, small=2/2, free=2, waiting=0)")
+    assert taken(pool) is large
+    assert taken(pool) is small[0]
+
+
+async def test_waiter_takes_a_small_block_too() -> None:
+    """Whoever waits goes on with whatever comes back first."""
+    pool = BlockPool(1024, 1, small_bytes=16, small_limit=1)
+    _, small = taken(pool), taken(pool)
+    waiting = asyncio.create_task(pool.acquire_wait())
+    await parked(waiting)
+    pool.release(small)
+    async with asyncio.timeout(5):
+        assert await waiting is small
+
+
 @given(steps=st.lists(st.booleans(), max_size=60), limit=st.integers(1, 5))
 def test_pool_is_bounded_and_lends_no_block_twice(steps: list[bool], limit: int) -> None:
     """However it is used, at most *limit* blocks exist and each has one holder."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
@@ -425,6 +425,51 @@ async def test_sending_waits_for_memory_up_to_the_stall_deadline() -> None:
         for block in blocks:
             assert block is not None
             pool.release(block)
+
+
+async def test_peers_that_stop_reading_leave_memory_for_others() -> None:
+    """However many of them hold what they were being sent from, the next one gets its data set."""
+    limits = Limits(send_memory_bytes=2_000_000)
+    crowd = 8
+
+    async def stops_reading(peer: RawPeer) -> None:
+        await peer.accept(max_length=0)
+        await passed(over)
+
+    async def takes(peer: RawPeer) -> None:
+        await peer.accept(max_length=0)
+        assert await peer.expect_message() == (3, STORE, Pattern.bytes_at(0, 700_001))
+        await peer.released()
+
+    over = asyncio.Event()
+    async with (
+        layer_left_clean(patient(stall=60.0), limits) as layer,
+        AsyncExitStack() as peers,
+        asyncio.TaskGroup() as group,
+    ):
+        ports = [await peers.enter_async_context(raw_acceptor(stops_reading)) for _ in range(crowd)]
+        port = await peers.enter_async_context(raw_acceptor(takes))
+        stalled = [await layer.request(target(one), PROPOSAL) for one in ports]
+        sending = [
+            group.create_task(lost(one.send(one.context_for(CT), STORE, Pattern(LARGE))))
+            for one in stalled
+        ]
+        await until(lambda: layer.send_pool.lent == crowd)
+        await until(lambda: not any(one.protocol.writable for one in stalled))
+        association = await layer.request(target(port), PROPOSAL)
+        async with asyncio.timeout(8):
+            await association.send(association.context_for(CT), STORE, Pattern(700_001))
+        await association.release(8.0)
+        assert not any(task.done() for task in sending)
+        for one in stalled:
+            one.abort()
+            one.protocol.close_now()
+        over.set()
+
+
+async def lost(sending: Awaitable[None]) -> None:
+    with pytest.raises(AssociationError):
+        await sending
 
 
 async def test_command_longer_than_its_place_in_a_block_goes_ahead() -> None:
