@@ -23,7 +23,7 @@ from tests.support.stand_in import SECONDS
 ROUNDS = 50 if os.environ.get("DICOMPROXY_FULL_SIZE") == "1" else 8
 _INSTANCES = 12
 _STEPS = 3 * _INSTANCES
-"""Each instance is sent in two blocks: before it, between them, and after it."""
+"""Each instance is sent in two blocks or more: before it, between them, and after it."""
 
 
 @pytest.mark.slow
@@ -32,7 +32,7 @@ async def test_killed_while_it_fetches(tmp_path: Path) -> None:
     """After each kill the study is completed, and nothing stored before is fetched again."""
     seed = random.randrange(1 << 32)
     chance = random.Random(seed)
-    studies = [study(2, _INSTANCES // 2, rows=400, columns=512) for _ in range(ROUNDS)]
+    studies = [study(2, _INSTANCES // 2, rows=700, columns=512) for _ in range(ROUNDS)]
     north, reading = Archive("NORTH"), Reading("READING1")
     async with peers(tmp_path, [north], [reading], retrieve={"retry_pause": "0s"}) as (_, content):
         proxy, interrupted = Proxy(tmp_path, content), 0
