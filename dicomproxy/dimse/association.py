@@ -57,6 +57,7 @@ __all__ = [
 _HEAD_BYTES: Final = PDV_HEAD.size
 _LEAST_PDU_BYTES: Final = 16
 _GAP_BYTES: Final = 1024  # a C-STORE-RQ takes some 300
+_TURN_BYTES: Final = 2 * 1024 * 1024
 
 
 @dataclass(slots=True)
@@ -330,7 +331,7 @@ class Association:
             per_block = (block_bytes - gap) // pdu_bytes
             full = PDV_HEAD.pack(PduType.P_DATA_TF, chunk + 6, chunk + 2, context_id, 0)
             laid_out = 0  # PDUs of the block whose head is that of a full one
-            offset = 0
+            offset = turn = 0
             while True:
                 left = size - offset
                 count = min(per_block, -(-left // chunk)) if left else 1
@@ -361,10 +362,17 @@ class Association:
                 # event loops keep what they are given instead of copying it.
                 if self.protocol.lost or not self.protocol.writable:
                     await self._drain()
+                    turn = 0
                 begin = gap
                 offset += wanted
                 if is_last:
                     return
+                turn += wanted
+                if turn >= _TURN_BYTES:
+                    # Memory read at once, for a peer that takes it at once, waits for
+                    # nothing: a large object would hold up all others to its end.
+                    await asyncio.sleep(0)
+                    turn = 0
         finally:
             if self.protocol.lost or self.protocol.writable:
                 self._send_pool.release(block)

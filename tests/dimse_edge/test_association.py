@@ -467,6 +467,30 @@ async def test_peers_that_stop_reading_leave_memory_for_others() -> None:
         over.set()
 
 
+async def test_large_data_set_lets_others_have_their_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where neither reading nor writing ever waits, the loop still serves everybody else."""
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    async def waits(_peer: RawPeer, gate: asyncio.Event) -> None:
+        await passed(gate)
+
+    async with staged(waits, max_length=0) as stage, asyncio.TaskGroup() as group:
+        association = stage.association
+        monkeypatch.setattr(association.protocol, "write", lambda _data: None)
+        other = group.create_task(others())
+        await until(lambda: turns > 0)
+        before = turns
+        await association.send(association.context_for(CT), STORE, Pattern(40_000_000))
+        assert turns - before >= 15
+        other.cancel()
+
+
 async def lost(sending: Awaitable[None]) -> None:
     with pytest.raises(AssociationError):
         await sending
