@@ -14,6 +14,7 @@ import errno
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -73,7 +74,8 @@ def open_ahead(wanted: Iterable[tuple[str, CachedInstance]]) -> list[int | None]
         fds.append(fd)
         if hasattr(os, "posix_fadvise"):
             length = min(instance.data_set_offset + instance.size, _READ_AHEAD_BYTES)
-            os.posix_fadvise(fd, 0, length, os.POSIX_FADV_WILLNEED)
+            with suppress(OSError):  # advice need not be taken
+                os.posix_fadvise(fd, 0, length, os.POSIX_FADV_WILLNEED)
     return fds
 
 

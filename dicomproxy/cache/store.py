@@ -326,17 +326,23 @@ class DiskInstanceStore:
             paths[number] = os.path.join(directory, instance.file_name)
         if not leases:
             return readers
-        opened = asyncio.get_running_loop().run_in_executor(
-            self._readers,
-            open_ahead,
-            [(path, instances[number]) for number, path in paths.items()],
-        )
         fds: list[int | None] = []
         try:
-            fds = await asyncio.shield(opened)
-        except asyncio.CancelledError:
-            opened.add_done_callback(_close_all_unwanted)
-            raise
+            opened = asyncio.get_running_loop().run_in_executor(
+                self._readers,
+                open_ahead,
+                [(path, instances[number]) for number, path in paths.items()],
+            )
+            try:
+                fds = await asyncio.shield(opened)
+            except asyncio.CancelledError:
+                opened.add_done_callback(_close_all_unwanted)
+                for reader in readers:
+                    if reader is not None:  # of those in memory
+                        await reader.close()
+                raise
+        except RuntimeError:
+            pass  # the threads have ended: open() says so
         finally:
             for number, fd in itertools.zip_longest(leases, fds):
                 if fd is None:

@@ -98,16 +98,51 @@ async def test_several_are_opened_at_the_price_of_one(tmp_path: Path) -> None:
 
 
 async def test_opening_several_given_up_leaves_nothing_in_use(tmp_path: Path) -> None:
-    """Whoever no longer wants them keeps neither the study nor its files."""
+    """Whoever no longer wants them keeps neither the study nor its files, nor what memory holds."""
     store = await opened(tmp_path)
     lease, instances = await held(store, 3)
+    study = store._keeper.table.get("1.2.3")
+    assert study is not None
+    assert study.contents is not None
+    # As if it had found no room on disk.
+    study.contents.spool[instances[0].sop_instance_uid] = bytearray(SIZE)
     task = asyncio.create_task(store.open_several(instances))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    study.contents.spool.clear()
     lease.release()
     assert await store.evict("1.2.3") == "evicted"
+    await store.close()
+
+
+async def test_several_cannot_be_opened_once_the_threads_have_ended(tmp_path: Path) -> None:
+    """A store that is being closed opens nothing ahead, and keeps nothing in use."""
+    store = await opened(tmp_path)
+    lease, instances = await held(store, 2)
+    store._readers.shutdown(wait=False)
+    assert await store.open_several(instances) == [None, None]
+    lease.release()
+    assert await store.evict("1.2.3") == "evicted"
+    await store.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")
+async def test_advice_that_is_refused_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system that does not read ahead is read all the same."""
+
+    def refused(*_: int) -> None:
+        raise OSError(errno.EINVAL, "")
+
+    monkeypatch.setattr(os, "posix_fadvise", refused)
+    store = await opened(tmp_path)
+    _, instances = await held(store, 2)
+    for instance, reader in zip(instances, await store.open_several(instances), strict=True):
+        assert reader is not None
+        assert await read_all(reader) == data_set(instance.sop_instance_uid, size=SIZE)
     await store.close()
 
 
