@@ -104,6 +104,38 @@ def test_every_split_gives_the_same_messages(
     assert messages(Framer(), at_cuts(data, cuts)) == whole
 
 
+@given(
+    size=st.integers(0, 40),
+    beyond=st.integers(-8, 8),
+    off=st.sampled_from([0, 0, 0, -7, -6, -1, 1, 6]),
+    control=st.integers(0, 3),
+    cuts=cut_lists,
+)
+def test_one_pdv_is_judged_the_same_at_once_and_in_pieces(
+    size: int, beyond: int, off: int, control: int, cuts: list[int]
+) -> None:
+    """Lengths about our maximum, and PDVs that do not fit, are accepted or refused alike."""
+    length = size + 6
+    stream = (
+        struct.pack(">BxLLBB", 4, length, max(0, size + 2 + off), 3, control)
+        + bytes(size)
+        + p_data(pdv(3, 3, b"next"))
+        + pdu.RELEASE_RQ_BYTES
+    )
+    limit = max(1, length + beyond)
+    in_pieces = messages(Framer(limit), bytewise(stream))
+    assert messages(Framer(limit), [stream]) == in_pieces
+    assert messages(Framer(limit), at_cuts(stream, cuts)) == in_pieces
+
+
+@pytest.mark.parametrize("missing", range(14))
+def test_heads_and_first_byte_arrive_in_any_two_parts(missing: int) -> None:
+    """Wherever the two heads of the usual PDU are torn apart, its bytes come out once."""
+    stream = p_data(pdv(5, 2, b"data set")) * 2
+    at = 14 + 6 + 13 - missing
+    assert messages(Framer(20), [stream[:at], stream[at:]]) == [(5, False, b"data set")] * 2
+
+
 @given(noise=st.binary(max_size=200), cuts=cut_lists, limit=st.integers(0, 100))
 def test_any_bytes_are_messages_or_a_protocol_error(
     noise: bytes, cuts: list[int], limit: int
