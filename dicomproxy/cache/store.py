@@ -122,6 +122,8 @@ class DiskInstanceStore:
             layout.sweep()
             rows, believed = self._keeper.rows.load(clean=clean)
             found = adopt(self._keeper, rows, clean=believed)
+            # The limits may be lower than they were when this was stored.
+            self._keeper.room.make_room(0)
         except BaseException:
             self._keeper.rows.close()
             self._lock.release()
