@@ -145,12 +145,16 @@ class Ahead:
             await opened[1].close()
             opened = None
         reader = opened[1] if opened is not None else await self._store.open(instance)
-        if self._opening is None and len(self._open) <= _OPEN_AHEAD // 2:
-            self._look()
+        if self._opening is None and (opened is None or len(self._open) <= _OPEN_AHEAD // 2):
+            await self._look()
         return reader
 
-    def _look(self) -> None:
+    async def _look(self) -> None:
         upcoming = self._subscription.upcoming(_OPEN_AHEAD)
+        coming = {one.sop_instance_uid for one in upcoming}
+        for uid in [uid for uid in self._open if uid not in coming]:
+            # Passed over: removed since it was opened, or had from elsewhere.
+            await self._open.pop(uid)[1].close()
         wanted = [one for one in upcoming if one.sop_instance_uid not in self._open]
         if wanted:
             self._wanted = {one.sop_instance_uid: one for one in wanted}
