@@ -415,6 +415,11 @@ def _options_socket(transport: asyncio.Transport) -> Any:
     if sock is None or isinstance(sock, TransportSocket):
         return sock
     try:
-        return socket.socket(fileno=os.dup(sock.fileno()))
+        fd = os.dup(sock.fileno())
     except OSError:
+        return None  # no descriptor is left; the options are a matter of speed
+    try:
+        return socket.socket(fileno=fd)
+    except OSError:
+        os.close(fd)
         return None  # the peer is gone already

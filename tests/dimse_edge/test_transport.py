@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
 import socket
 import struct
 import tracemalloc
@@ -17,6 +18,7 @@ from dicomproxy.dimse.command import CommandField, request, response
 from dicomproxy.dimse.errors import (
     AssociationAborted,
     AssociationLost,
+    AssociationRejected,
     AssociationReleased,
 )
 from dicomproxy.dimse.layer import Limits
@@ -29,6 +31,7 @@ from dicomproxy.dimse.pdu import (
     ProtocolError,
     ReleaseResponse,
 )
+from dicomproxy.dimse.transport import _options_socket
 from tests.dimse_edge.harness import (
     PROPOSAL,
     SHORT,
@@ -605,6 +608,62 @@ async def test_full_inbox_pauses_reading_and_goes_on() -> None:
             assert answered == list(range(1, 41))
             await until(lambda: not theirs.protocol.paused)
             await peer.release()
+
+
+# ------------------------------------------------------------------ descriptors
+
+
+async def descriptors() -> int:
+    return len(await asyncio.to_thread(os.listdir, "/proc/self/fd"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="descriptors are listed on Linux")
+async def test_associations_leave_no_descriptor_however_they_end() -> None:
+    """Released, aborted, dropped by either side or refused at once: nothing stays open."""
+    async with layer_left_clean() as layer:
+        service = Service()
+        async with listening(layer, service, max_associations=1) as (_, port):
+            counts: list[int] = []
+            for _ in range(12):
+                for end in ("release", "abort", "drop", "refuse"):
+                    association = await layer.request(target(port), PROPOSAL)
+                    match end:
+                        case "release":
+                            await association.release(8.0)
+                        case "abort":
+                            association.abort()
+                        case "drop":
+                            association.protocol.close_now()
+                        case _:
+                            with pytest.raises(AssociationRejected):
+                                await layer.request(target(port), PROPOSAL)
+                            await association.release(8.0)
+                    await association.wait_closed()
+                    await service.end()
+                    await until(lambda: layer.associations == set())
+                counts.append(await descriptors())
+            assert counts[-1] <= counts[0] + 2
+
+
+async def test_descriptor_that_is_no_socket_is_closed_again() -> None:
+    """Where the options cannot be had the association does without, and leaves nothing open."""
+    duplicates: list[int] = []
+    reading, writing = await asyncio.to_thread(os.pipe)
+
+    class Transport:
+        def get_extra_info(self, _name: str) -> Any:
+            return self
+
+        def fileno(self) -> int:
+            duplicates.append(os.dup(reading))
+            os.close(duplicates[-1])  # the number that the next duplicate gets
+            return reading
+
+    assert _options_socket(Transport()) is None  # type: ignore[arg-type]
+    with pytest.raises(OSError, match="Errno 9"):
+        os.fstat(duplicates[0])
+    os.close(reading)
+    os.close(writing)
 
 
 # -------------------------------------------------------------------- releasing
