@@ -70,7 +70,9 @@ class RetrieveCoordinator:
         self.local_source = local_source
         self.local = local
         self.relay_local = relay_local
-        self.locator = Locator(locations, sources, local_source)
+        self.locator = Locator(
+            locations, sources, local_source, pause_seconds=flights.retry_pause_seconds
+        )
         self._owner = TaskOwner("retrieve")
 
     def start(

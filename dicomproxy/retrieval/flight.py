@@ -219,7 +219,8 @@ class Flight:
             if leg.blamed and standings[leg.name] in (Standing.SHORT, Standing.UNREACHABLE):
                 listed = leg.manifest.listed(Selection()) if leg.manifest is not None else {}
                 lacking = {uid: listed[uid] for uid in failed if uid in listed}
-                self.flights.pause(self.study_instance_uid, leg.name, lacking)
+                reached = standings[leg.name] is not Standing.UNREACHABLE
+                self.flights.pause(self.study_instance_uid, leg.name, lacking, reached=reached)
         found = set(standings.values())
         absent = found <= {Standing.ABSENT}
         complete = subscription.satisfied or absent

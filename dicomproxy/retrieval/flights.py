@@ -65,6 +65,7 @@ class FlightSettings:
 class _Pause:
     until: float
     missing: dict[str, str]
+    reached: bool
 
 
 class Flights:
@@ -95,6 +96,11 @@ class Flights:
         self._paces: dict[str, Pace] = {}
         self._served: dict[str, Tallies[object]] = {}
         self._series: OrderedDict[tuple[str, str], tuple[str, ...]] = OrderedDict()
+
+    @property
+    def retry_pause_seconds(self) -> float:
+        """How long nobody is asked again for what could not be had."""
+        return self._settings.retry_pause_seconds
 
     def pace(self, source: str) -> Pace:
         """Return what was seen of *source* so far."""
@@ -266,14 +272,18 @@ class Flights:
         """Return the series that a source listed lately; there may be others by now."""
         return self._series.get((study_instance_uid, source), ())
 
-    def pause(self, study_instance_uid: str, source: str, missing: dict[str, str]) -> None:
+    def pause(
+        self, study_instance_uid: str, source: str, missing: dict[str, str], *, reached: bool
+    ) -> None:
         """Do not ask *source* for the study again for a while.
 
-        *missing* maps the SOP Instance UIDs that it did not deliver to their series.
+        Args:
+            missing: maps the SOP Instance UIDs that it did not deliver to their series.
+            reached: whether it answered at all.
         """
         until = asyncio.get_running_loop().time() + self._settings.retry_pause_seconds
         key = study_instance_uid, source
-        self._pauses[key] = _Pause(until, missing)
+        self._pauses[key] = _Pause(until, missing, reached)
         self._pauses.move_to_end(key)
         if len(self._pauses) > _MAX_REMEMBERED:
             self._pauses.popitem(last=False)
@@ -288,6 +298,11 @@ class Flights:
             del self._pauses[key]
             return None
         return dict(pause.missing)
+
+    def reached_lately(self, study_instance_uid: str, source: str) -> bool:
+        """Tell whether a source that is paused had answered at all."""
+        pause = self._pauses.get((study_instance_uid, source))
+        return pause is None or pause.reached
 
     def seen(self, study_instance_uid: str, source: str, patient_id: str) -> None:
         """Remember that *source* has the study under *patient_id*."""

@@ -148,7 +148,9 @@ class Leg:
         if self._complete_before(subscription):
             self._tell_unverified("retry_pause")
             return Standing.ASSUMED
-        return Standing.SHORT
+        study = self._flight.study_instance_uid
+        reached = self._flight.flights.reached_lately(study, self.name)
+        return Standing.SHORT if reached else Standing.UNREACHABLE
 
     def _decide(self, subscription: Subscription, last: bool) -> list[RetrieveOrder] | Standing:
         """Return orders to place now, none to wait, or how it ended. Never awaits."""

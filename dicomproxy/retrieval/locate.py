@@ -2,20 +2,23 @@
 
 First the memory of where studies were seen, narrowed to what this caller may
 see; a study that is not in it, and every PATIENT level request, is located by
-C-FIND at the local PACS and all visible sources at once. Holders that name
-another patient than was asked for, or than the first holder names, are left out.
+C-FIND at the local PACS and all visible sources at once. A source that could not
+be asked is not asked the same again for a while, however often somebody tries:
+it counts as unreachable. Holders that name another patient than was asked for,
+or than the first holder names, are left out.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 from dicomproxy.dataset.levels import PATIENT_ID, STUDY_INSTANCE_UID, Level
 from dicomproxy.logs import error_fields, get_logger
-from dicomproxy.ports import LOCAL, Caller, Location, Locations, Source, SourceError
+from dicomproxy.ports import LOCAL, Caller, Failure, Location, Locations, Source, SourceError
 from dicomproxy.retrieval.holder import Holder
 from dicomproxy.retrieval.manifest import closing, query_for
 from dicomproxy.retrieval.request import RetrieveRequest
@@ -23,6 +26,9 @@ from dicomproxy.retrieval.request import RetrieveRequest
 _log = get_logger()
 
 _PARALLEL_STUDIES: Final = 4
+_MAX_REMEMBERED: Final = 1000
+_SAYS_NOTHING: Final = frozenset({Failure.BUSY, Failure.BREAKER})
+"""Failures that cost the source nothing, and may be over in a moment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +66,23 @@ class Locator:
         locations: where studies were seen.
         sources: in order of precedence, without the local PACS.
         local_source: the local PACS.
+        pause_seconds: how long a source that failed to say what it holds is not
+            asked the same again.
     """
 
     def __init__(
-        self, locations: Locations, sources: Mapping[str, Source], local_source: Source
+        self,
+        locations: Locations,
+        sources: Mapping[str, Source],
+        local_source: Source,
+        *,
+        pause_seconds: float = 30.0,
     ) -> None:
         self._locations = locations
         self._sources = sources
         self._local = local_source
+        self._pause_seconds = pause_seconds
+        self._failed: OrderedDict[tuple[str, str], float] = OrderedDict()
 
     def visible(self, caller: Caller) -> tuple[Source, ...]:
         """Return whom *caller* may be served from, in order of precedence."""
@@ -142,9 +157,13 @@ class Locator:
     ) -> list[tuple[Source, str, str]]:
         """Ask all at once; (source, Study Instance UID, Patient ID) by precedence."""
         found: dict[str, list[tuple[Source, str, str]]] = {}
+        (wanted,) = keys.values()
 
         async def ask(source: Source) -> None:
             rows = found.setdefault(source.name, [])
+            if self._failed_lately(wanted, source.name):
+                unreachable.add(source.name)
+                return
             returned = (STUDY_INSTANCE_UID, PATIENT_ID)
             try:
                 async with closing(source.find(query_for(Level.STUDY, keys, returned))) as matches:
@@ -154,6 +173,8 @@ class Locator:
                             rows.append((source, uid, match.text(PATIENT_ID)))
             except SourceError as error:
                 unreachable.add(source.name)
+                if error.failure not in _SAYS_NOTHING:
+                    self._note_failure(wanted, source.name)
                 _log.warning(
                     "source_query_failed",
                     source=source.name,
@@ -174,6 +195,23 @@ class Locator:
             [Location(uid, source.name, patient_id) for source, uid, patient_id in rows]
         )
         return rows
+
+    def _note_failure(self, wanted: str, source: str) -> None:
+        if source == LOCAL:
+            return  # of the house itself, and what it holds must be there again at once
+        self._failed[wanted, source] = asyncio.get_running_loop().time()
+        self._failed.move_to_end((wanted, source))
+        if len(self._failed) > _MAX_REMEMBERED:
+            self._failed.popitem(last=False)
+
+    def _failed_lately(self, wanted: str, source: str) -> bool:
+        failed_at = self._failed.get((wanted, source))
+        if failed_at is None:
+            return False
+        if asyncio.get_running_loop().time() - failed_at < self._pause_seconds:
+            return True
+        del self._failed[wanted, source]
+        return False
 
     def _study(
         self, uid: str, patient_id: str, holders: list[tuple[Source, str]]

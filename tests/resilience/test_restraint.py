@@ -122,3 +122,59 @@ async def test_transient_rejections_for_a_while(
         answer = await here.reading.move(uid_of(held))
 
         assert_whole(answer, here.reading, north)
+
+
+@pytest.mark.parametrize("located", [True, False], ids=["located", "not located"])
+@pytest.mark.parametrize("how", ["hangs up", "rejects", "refuses", "silent"])
+async def test_retry_storm_against_one_that_is_down(
+    tmp_path: Path, how: str, located: bool
+) -> None:
+    """A source that is not well is not bothered again by those who repeat themselves."""
+    held = study(1, 3)
+    north = Archive("NORTH", held)
+    readings = [Reading(f"READING{number}") for number in range(1, 7)]
+    over = asyncio.Event()
+
+    async def script(phase: str) -> None:
+        if how == "hangs up" and phase == "associate":
+            north.hang_up()
+        if how == "silent":
+            await over.wait()
+
+    keys = {"query_timeout": "200ms", "first_instance_timeout": "300ms", "connect_timeout": "300ms"}
+    async with region(tmp_path, north, readings=readings, north=keys) as here:
+        if located:
+            await here.reading.find(uid_of(held))
+            north.hang_up()
+        north.at = script
+        if how == "rejects":
+            north.admit = lambda: AssociateReject(1, 1, 1)
+        elif how == "refuses":
+            north.refuses_find = {"STUDY", "SERIES", "IMAGE"}
+            north.refuses_move = {"STUDY", "SERIES", "IMAGE"}
+        first = await readings[0].move(uid_of(held))
+        assert first.status in (0xA701, 0xA702)
+        cost = north.requests, len(north.orders), len(north.questions)
+
+        for reading in readings[1:]:
+            assert await reading.move(uid_of(held)) == first
+
+        assert cost == (north.requests, len(north.orders), len(north.questions))
+        over.set()
+
+
+async def test_a_study_that_could_not_be_located_is_looked_for_again(tmp_path: Path) -> None:
+    """After the pause its source is asked once more; other studies are not concerned."""
+    held, other = study(1, 3), study(1, 2)
+    north = Archive("NORTH", [*held, *other])
+    readings = [Reading(f"READING{number}") for number in range(1, 4)]
+    pause = {"retry_pause": "300ms"}
+    async with region(tmp_path, north, readings=readings, retrieve=pause):
+        north.refuses_find = {"STUDY"}
+        assert (await readings[0].move(uid_of(held))).status == 0xA701
+        north.refuses_find = ()
+
+        assert (await readings[1].move(uid_of(other))).status == 0x0000
+        await asyncio.sleep(0.3)
+        answer = await readings[2].move(uid_of(held))
+        assert (answer.status, set(readings[2].arrived)) == (0x0000, uids(held))
