@@ -10,7 +10,7 @@ studies were seen (:class:`Locations`) and the disclosure record
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -125,6 +125,8 @@ class RetrieveOrder:
     have been of another order to that source: they put a deadline off, and do
     not mean that this order has begun.
     ``sop_classes`` are those expected (from the manifest), for C-GET's contexts.
+    ``wanted`` tells whether anybody waits for what it brings, at the moment it is
+    asked; without it somebody does. What nobody waits for comes after all else.
     """
 
     level: Level
@@ -136,6 +138,7 @@ class RetrieveOrder:
     last_activity: float = 0.0
     last_possible_activity: float = 0.0
     arrived: int = 0
+    wanted: Callable[[], bool] | None = field(default=None, compare=False, repr=False)
 
 
 class Source(Protocol):
@@ -463,6 +466,14 @@ class DestinationError(Exception):
 
 class Destination(Protocol):
     """One delivery's way to one application entity."""
+
+    def expect(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Say which SOP Classes will come, in which transfer syntaxes, as far as is known.
+
+        A hint, so that one association can serve them all; what
+        is delivered need not have been expected.
+        """
+        ...
 
     async def deliver(self, instance: CachedInstance, reader: InstanceReader) -> Delivered:
         """Send one instance and wait for its C-STORE-RSP.

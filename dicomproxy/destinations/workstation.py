@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -137,6 +137,11 @@ class WorkstationDelivery:
         self._accepted: WeakKeyDictionary[Association, dict[Pair, Context]] = WeakKeyDictionary()
         self._pairs: OrderedDict[Pair, None] = OrderedDict()
         self._reopened = False
+
+    def expect(self, pairs: Iterable[Pair]) -> None:
+        """Propose these too when an association is needed, as far as they find room in it."""
+        for pair in pairs:
+            self._pairs.setdefault(pair)
 
     async def deliver(self, instance: CachedInstance, reader: InstanceReader) -> Delivered:
         """Send one instance; see :meth:`dicomproxy.ports.Destination.deliver`."""

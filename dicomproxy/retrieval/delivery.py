@@ -60,10 +60,17 @@ class Outlet:
         self._ae_title = ae_title
         self._destination: Destination | None = None
         self._turn = asyncio.Lock()
+        self._expected: dict[tuple[str, str], None] = {}
         self.lost: DestinationError | None = None
         self.stopped = False
         self.occupied: asyncio.Event | None = None
         """Set once whoever else sends to the same destination has ended."""
+
+    def expect(self, pairs: dict[tuple[str, str], None]) -> None:
+        """Say which SOP Classes will be sent, in which transfer syntaxes; see the port."""
+        self._expected |= pairs
+        if self._destination is not None:
+            self._destination.expect(pairs)
 
     async def send(self, instance: CachedInstance, ahead: Ahead) -> Delivered | None:
         """Deliver an instance in its turn; None if the outlet is lost or stopped.
@@ -91,6 +98,7 @@ class Outlet:
     async def _deliver(self, instance: CachedInstance, reader: InstanceReader) -> Delivered:
         if self._destination is None:
             self._destination = self._open()
+            self._destination.expect(self._expected)
         try:
             return await self._destination.deliver(instance, reader)
         except DestinationError as error:
@@ -218,12 +226,17 @@ async def deliver_study(
     subscription.on_change = revise
     revise()
     ahead = Ahead(subscription, store)
+    told: set[tuple[str, str]] = set()
     try:
         async for item in subscription:
             if isinstance(item, FlightOutcome):
                 _conclude(item, subscription, part, report)
                 progressed()
                 return
+            if (pair := (item.sop_class_uid, item.transfer_syntax_uid)) not in told:
+                pairs = {pair: None, **subscription.pairs()}
+                told.update(pairs)
+                outlet.expect(pairs)
             sent = await _send(item, subscription, outlet, ahead)
             if sent is None:
                 if outlet.lost is None:

@@ -131,6 +131,15 @@ class Subscription:
         ahead = range(self._cursor, min(self._cursor + _LOOK_AHEAD * most, len(log)))
         return list(islice((log[at] for at in ahead if self._wants(log[at])), most))
 
+    def pairs(self) -> dict[tuple[str, str], None]:
+        """Return the SOP Classes and transfer syntaxes of what is there to be yielded, in order."""
+        found: dict[tuple[str, str], None] = {}
+        for instance in islice(self._flight.log, self._cursor, None):
+            pair = (instance.sop_class_uid, instance.transfer_syntax_uid)
+            if pair not in found and self._wants(instance):
+                found[pair] = None
+        return found
+
     def _wants(self, instance: CachedInstance) -> bool:
         uid = instance.sop_instance_uid
         wanted = self.selection.covers(instance.series_instance_uid, uid) or uid in self.also

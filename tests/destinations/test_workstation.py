@@ -284,6 +284,32 @@ async def test_what_was_needed_lately_is_proposed_at_once() -> None:
     assert len(at.peer.requests) == 3
 
 
+async def test_what_is_expected_is_proposed_at_once() -> None:
+    """A study of several kinds needs one association, and one that comes as a surprise another."""
+    async with desk(StandIn(supported=anything(RLE, EXPLICIT))) as at, at.open() as delivery:
+        delivery.delivery.expect([(CT, EXPLICIT), (MR, RLE)])
+        delivery.delivery.expect([(CT, RLE)])
+        await delivery.send(Item(CT), Item(MR, RLE, uid="1.2.3.6"), Item(CT, RLE, uid="1.2.3.7"))
+        assert len(at.peer.requests) == 1
+        assert proposed(at.peer.requests[0]) == {
+            (sop_class, syntax) for sop_class in (CT, MR) for syntax in (RLE, EXPLICIT, IMPLICIT)
+        }
+        await delivery.send(Item(CT, JPEG, uid="1.2.3.8"))
+        assert len(at.peer.requests) == 2
+
+
+async def test_more_expected_than_an_association_holds() -> None:
+    """What is expected never crowds out what is delivered."""
+    async with desk(StandIn()) as at, at.open() as delivery:
+        delivery.delivery.expect(
+            (f"1.2.840.10008.5.1.4.1.1.{number}", RLE) for number in range(100, 300)
+        )
+        assert await delivery.send(Item(CT)) == [Delivered.COMPLETED]
+    (request,) = at.peer.requests
+    assert len(request.contexts) <= 128
+    assert (CT, EXPLICIT) in proposed(request)
+
+
 async def test_never_more_contexts_than_an_association_holds() -> None:
     """However many pairs there were, 128 contexts at most, the wanted one among them."""
     items = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 
@@ -456,10 +456,14 @@ class Workstation:
         self.fates: dict[str, Delivered | Exception] = {}
         self.refusals: list[Failure] = []
         self.refused = 0
+        self.expected: list[set[tuple[str, str]]] = []
 
     def open(self) -> Workstation:
         self.opened += 1
         return self
+
+    def expect(self, pairs: Iterable[tuple[str, str]]) -> None:
+        self.expected.append(set(pairs))
 
     async def deliver(self, instance: CachedInstance, reader: InstanceReader) -> Delivered:
         self.waiting.set()
