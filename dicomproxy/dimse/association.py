@@ -27,7 +27,8 @@ from dicomproxy.dimse.errors import (
     AssociationTimeout,
     NoContext,
 )
-from dicomproxy.dimse.framing import PDV_HEAD, Fragment, message_pdus
+from dicomproxy.dimse.framing import Fragment, message_pdus
+from dicomproxy.dimse.layout import BlockLayout, pdu_bytes_in
 from dicomproxy.dimse.machine import State
 from dicomproxy.dimse.negotiation import Context, accepted_contexts
 from dicomproxy.dimse.pdu import (
@@ -36,7 +37,6 @@ from dicomproxy.dimse.pdu import (
     AssociateReject,
     AssociateRequest,
     Pdu,
-    PduType,
     ProtocolError,
     ReleaseRequest,
     ReleaseResponse,
@@ -54,9 +54,6 @@ __all__ = [
     "SinkFor",
 ]
 
-_HEAD_BYTES: Final = PDV_HEAD.size
-_LEAST_PDU_BYTES: Final = 16
-_GAP_BYTES: Final = 1024  # a C-STORE-RQ takes some 300
 _TURN_BYTES: Final = 2 * 1024 * 1024
 
 
@@ -298,76 +295,37 @@ class Association:
     @property
     def _pdu_bytes(self) -> int:
         """Longest P-DATA-TF to send, headers included."""
-        return self._pdu_bytes_in(self._send_pool.block_bytes)
-
-    def _pdu_bytes_in(self, block_bytes: int) -> int:
-        """Longest P-DATA-TF to send from a block of that size, headers included."""
-        most = block_bytes - _gap_in(block_bytes)
-        if self.peer_max_length:
-            most = min(most, max(self.peer_max_length, _LEAST_PDU_BYTES) + 6)
-        # Even: fragments have an even length but for a data set's odd end, and
-        # some receivers give up on others (PS3.7 Annex F).
-        return most & ~1
+        return pdu_bytes_in(self._send_pool.block_bytes, self.peer_max_length)
 
     async def _send_stream(self, context_id: int, command: bytes, data: DataSource) -> None:
         """Send a command and a data set block by block, the command along with the first."""
         size = data.size
         block = self._send_pool.acquire() or await self._block()
         try:
-            block_bytes = block.view.nbytes
-            pdu_bytes = self._pdu_bytes_in(block_bytes)
-            chunk = pdu_bytes - _HEAD_BYTES
-            head = message_pdus(context_id, command, None, pdu_bytes)
-            # Every block has its PDUs behind the same gap, so that they are laid out
-            # once; in the first one the command goes into the end of the gap.
-            gap = _gap_in(block_bytes)
-            begin = gap - len(head)
-            if begin < 0:
+            layout = BlockLayout(block.view, context_id, self.peer_max_length)
+            head = message_pdus(context_id, command, None, layout.pdu_bytes)
+            begin = layout.put_before(head)
+            if begin is None:
                 self.protocol.write(head)
                 await self._drain()
-                begin = gap
-            else:
-                block.view[begin:gap] = head
-            per_block = (block_bytes - gap) // pdu_bytes
-            full = PDV_HEAD.pack(PduType.P_DATA_TF, chunk + 6, chunk + 2, context_id, 0)
-            laid_out = 0  # PDUs of the block whose head is that of a full one
             offset = turn = 0
             while True:
-                left = size - offset
-                count = min(per_block, -(-left // chunk)) if left else 1
-                is_last = offset + count * chunk >= size
-                tail = left - (count - 1) * chunk if is_last else chunk
-                views: list[memoryview] = []
-                at = gap
-                for number in range(count):
-                    length = chunk
-                    if is_last and number == count - 1:
-                        length = tail
-                        PDV_HEAD.pack_into(
-                            block.view, at, PduType.P_DATA_TF, length + 6, length + 2, context_id, 2
-                        )
-                    elif number >= laid_out:
-                        block.view[at : at + _HEAD_BYTES] = full
-                        laid_out = number + 1
-                    views.append(block.view[at + _HEAD_BYTES : at + _HEAD_BYTES + length])
-                    at += pdu_bytes
-                wanted = (count - 1) * chunk + tail
-                if wanted and await data.read_into(views, offset) != wanted:
+                part = layout.lay_out(size - offset)
+                if part.size and await data.read_into(part.views, offset) != part.size:
                     raise OSError("the data set broke off")
                 if self._ended is not None:
                     raise self._ended
-                end = gap + (count - 1) * pdu_bytes + _HEAD_BYTES + tail
-                self.protocol.write(block.view[begin:end])
+                self.protocol.write(block.view[layout.gap if begin is None else begin : part.end])
+                begin = None
                 # A block is reused only when the kernel has all of it: some
                 # event loops keep what they are given instead of copying it.
                 if self.protocol.lost or not self.protocol.writable:
                     await self._drain()
                     turn = 0
-                begin = gap
-                offset += wanted
-                if is_last:
+                offset += part.size
+                if part.is_last:
                     return
-                turn += wanted
+                turn += part.size
                 if turn >= _TURN_BYTES:
                     # Memory read at once, for a peer that takes it at once, waits for
                     # nothing: a large object would hold up all others to its end.
@@ -617,11 +575,6 @@ class Association:
 
 def _collect(association: Association, context: Context, command: Command) -> Sink:
     return BytesSink(association.limits.max_identifier_bytes)
-
-
-def _gap_in(block_bytes: int) -> int:
-    """Room in a block before its first PDU."""
-    return _GAP_BYTES if block_bytes > 8 * _GAP_BYTES else 0
 
 
 def _nothing() -> None:
