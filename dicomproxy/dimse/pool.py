@@ -2,11 +2,12 @@
 
 A *slot* is the right to have one association; slots in use and idle
 associations together never exceed the ceiling. With a ceiling above one, one
-slot is kept for queries, so that a long retrieve cannot make them wait. Idle
-associations yield first. A peer that rejects transiently while others are in
-use lowers the ceiling for a while, and whoever asked waits for a slot. One that
-does so although nothing is in use is busy with others: a retrieve asks it again
-for some seconds, a query leaves it alone.
+slot is kept for queries, so that a long retrieve cannot make them wait. What
+nobody waits for has its turn after all others. Idle associations yield first. A
+peer that rejects transiently while others are in use lowers the ceiling for a
+while, and whoever asked waits for a slot. One that does so although nothing is
+in use is busy with others: a retrieve asks it again for some seconds, a query
+leaves it alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
@@ -46,6 +48,19 @@ class Purpose(Enum):
 
     QUERY = "query"
     RETRIEVE = "retrieve"
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    """Somebody in line for a slot."""
+
+    purpose: Purpose
+    turn: asyncio.Future[None]
+    wanted: Callable[[], bool] | None = None
+
+    @property
+    def is_wanted(self) -> bool:
+        return self.wanted is None or self.wanted()
 
 
 class Lease:
@@ -120,7 +135,7 @@ class AssociationPool:
         self._retrieving = 0
         self._purposes: dict[Association, Purpose] = {}
         self._idle: deque[tuple[Association, asyncio.TimerHandle]] = deque()
-        self._waiters: deque[tuple[Purpose, asyncio.Future[None]]] = deque()
+        self._waiters: deque[_Waiter] = deque()
         self._tasks = TaskOwner(f"pool-{target.called_ae_title}")
         self._round_trips: deque[float] = deque(maxlen=_ROUND_TRIPS)
         self._answers: deque[float] = deque(maxlen=_ROUND_TRIPS)
@@ -167,6 +182,7 @@ class AssociationPool:
         timeout_seconds: float,
         fresh: bool = False,
         proposal: Proposal | None = None,
+        wanted: Callable[[], bool] | None = None,
     ) -> Lease:
         """Return an association, an idle one if there is one.
 
@@ -174,6 +190,8 @@ class AssociationPool:
             timeout_seconds: for everything: a slot, connection, negotiation.
             fresh: do not take an idle one, it may be dead.
             proposal: request one of its own with this, never kept.
+            wanted: whether anybody waits for the exchange, asked at each turn; while
+                nobody does, others go first. Without it somebody does.
 
         Raises:
             AssociationError: none could be had in time.
@@ -182,7 +200,7 @@ class AssociationPool:
         try:
             async with asyncio.timeout(timeout_seconds):
                 while True:
-                    await self._take_slot(purpose)
+                    await self._take_slot(purpose, wanted)
                     association = None if fresh or proposal else self._take_idle()
                     if association is not None:
                         self._purposes[association] = purpose
@@ -242,15 +260,14 @@ class AssociationPool:
         kept_for_queries = 1 if limit > 1 else 0
         return purpose is Purpose.QUERY or self._retrieving < limit - kept_for_queries
 
-    async def _take_slot(self, purpose: Purpose) -> None:
+    async def _take_slot(self, purpose: Purpose, wanted: Callable[[], bool] | None) -> None:
         if self._closed:
             raise AssociationReleased("the pool is closed")
         while not self._may_take(purpose):
-            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            entry = (purpose, turn)
+            entry = _Waiter(purpose, asyncio.get_running_loop().create_future(), wanted)
             self._waiters.append(entry)
             try:
-                await turn
+                await entry.turn
             except asyncio.CancelledError:
                 if entry in self._waiters:
                     self._waiters.remove(entry)
@@ -268,12 +285,14 @@ class AssociationPool:
         self._wake()
 
     def _wake(self) -> None:
-        for entry in self._waiters:
-            if self._may_take(entry[0]):
-                self._waiters.remove(entry)
-                if not entry[1].done():
-                    entry[1].set_result(None)
-                return
+        able = [entry for entry in self._waiters if self._may_take(entry.purpose)]
+        if not able:
+            return
+        # In line; but what somebody waits for before what nobody does.
+        entry = next((one for one in able if one.is_wanted), able[0])
+        self._waiters.remove(entry)
+        if not entry.turn.done():
+            entry.turn.set_result(None)
 
     def _take_idle(self) -> Association | None:
         while self._idle:
@@ -362,9 +381,9 @@ class AssociationPool:
     async def close(self) -> None:
         """Release what is idle, abort the rest; whoever waits gets an error."""
         self._closed = True
-        for _, turn in self._waiters:
-            if not turn.done():
-                turn.set_result(None)
+        for entry in self._waiters:
+            if not entry.turn.done():
+                entry.turn.set_result(None)
         self._waiters.clear()
         for association in list(self._purposes):
             association.abort()

@@ -172,11 +172,17 @@ class Flight:
         walk = subscription.walk
         if self.settings.finish_abandoned and walk is not None and not walk.done():
             subscription.abandoned = True
+            self.flights.let_others_go_on()
             return False
         if walk is not None:
             walk.cancel()
         self.subscriptions.remove(subscription)
+        self.flights.let_others_go_on()
         return not self.subscriptions
+
+    def is_wanted(self) -> bool:
+        """Tell whether anybody waits for what is fetched."""
+        return any(not subscription.abandoned for subscription in self.subscriptions)
 
     # ------------------------------------------------------------- the walk
 

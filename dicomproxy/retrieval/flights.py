@@ -94,7 +94,7 @@ class Flights:
         self._recent: OrderedDict[str, None] = OrderedDict()
         self._running: dict[str, list[RetrieveOrder]] = {}
         self._paces: dict[str, Pace] = {}
-        self._served: dict[str, Tallies[object]] = {}
+        self._served: dict[str, Tallies[Flight]] = {}
         self._series: OrderedDict[tuple[str, str], tuple[str, ...]] = OrderedDict()
 
     @property
@@ -223,20 +223,34 @@ class Flights:
         running[:] = [other for other in running if other is not order]
 
     @contextmanager
-    def sharing(self, source: str, study: object) -> Iterator[None]:
-        """Count *study* among those that are fetched from *source*, once however often."""
+    def sharing(self, source: str, flight: Flight) -> Iterator[None]:
+        """Count a study among those that are fetched from *source*, once however often."""
         served = self._served.setdefault(source, Tallies())
-        served[study] += 1
+        served[flight] += 1
         try:
             yield
         finally:
-            served[study] -= 1
-            if not served[study]:
-                del served[study]
+            served[flight] -= 1
+            if not served[flight]:
+                del served[flight]
+                self.let_others_go_on()
 
     def shared_by(self, source: str) -> int:
-        """Return how many studies are fetched from *source* at this moment."""
-        return len(self._served.get(source, ()))
+        """Return how many studies somebody waits for are fetched from *source* at this moment."""
+        return sum(flight.is_wanted() for flight in self._served.get(source, ()))
+
+    def gives_way(self, source: str, flight: Flight) -> bool:
+        """Tell whether nothing is to be asked of *source* for a study at this moment.
+
+        So it is while nobody waits for that study and somebody does for another.
+        """
+        return not flight.is_wanted() and self.shared_by(source) > 0
+
+    def let_others_go_on(self) -> None:
+        """Let those decide anew that may have given way."""
+        for flight in self._by_study.values():
+            if not flight.is_wanted():
+                flight.wake()
 
     def orders_at_once(self, source: Source) -> int:
         """Return how many orders of one study *source* is to have under way.

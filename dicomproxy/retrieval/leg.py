@@ -131,15 +131,16 @@ class Leg:
         """
         if self.paused_missing is not None:
             return self._paused(subscription)
-        with self._flight.flights.sharing(self.name, self):
+        with self._flight.flights.sharing(self.name, self._flight):
             while True:
                 subscription.wake.clear()
                 step = self._decide(subscription, last)
                 if isinstance(step, Standing):
                     return step
-                limit = self._flight.flights.orders_limit(self.holder.source)
-                for order in step[: max(0, limit - len(self._orders))]:
-                    self._start(order)
+                if not self._flight.flights.gives_way(self.name, self._flight):
+                    limit = self._flight.flights.orders_limit(self.holder.source)
+                    for order in step[: max(0, limit - len(self._orders))]:
+                        self._start(order)
                 # Orders and manifests end by the source's own deadlines, and wake us.
                 await subscription.wake.wait()
 
@@ -359,6 +360,7 @@ class Leg:
     # ------------------------------------------------------------- orders
 
     def _start(self, order: RetrieveOrder) -> None:
+        order.wanted = self._flight.is_wanted
         running = Running(order, selection_of(order))
         self._orders.append(running)
         self._flight.asked.add(self.name)
@@ -550,7 +552,11 @@ class Leg:
         Without a listing the whole study would be asked for, those a second time.
         """
         source, study = self.holder.source, self._flight.study_instance_uid
-        more: dict[str, Any] = {"series": likely, "progress": self._row_listed}
+        more: dict[str, Any] = {
+            "series": likely,
+            "progress": self._row_listed,
+            "interactive": self._flight.is_wanted(),
+        }
         try:
             return await load_manifest(source, study, into=self._listing, **more)
         except SourceError as error:

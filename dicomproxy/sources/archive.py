@@ -200,6 +200,7 @@ class Archive:
         proposal: Proposal | None = None,
         incoming: Incoming | None = None,
         prepare: Callable[[Lease], None] | None = None,
+        wanted: Callable[[], bool] | None = None,
     ) -> AsyncGenerator[Response, None]:
         """Send one request and yield its responses, the final one last.
 
@@ -211,6 +212,7 @@ class Archive:
             probe: may be tried although the breaker is open.
             lease_seconds: how long to wait for an association.
             left_seconds: how long still to wait for the next response.
+            wanted: see :meth:`~dicomproxy.dimse.pool.AssociationPool.lease`.
 
         Raises:
             SourceError: whatever went wrong.
@@ -230,6 +232,7 @@ class Archive:
                     timeout_seconds=lease_seconds,
                     fresh=attempt == 2,
                     proposal=proposal,
+                    wanted=wanted,
                 )
                 try:
                     if prepare is not None:

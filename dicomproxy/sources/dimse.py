@@ -188,12 +188,13 @@ class DimseSource:
             "get" if getting else "move",
             lambda lease: self._retrieve_request(lease.association, order, getting),
             purpose=Purpose.RETRIEVE,
-            probe=True,
+            probe=order.wanted is None or order.wanted(),
             lease_seconds=settings.first_instance_timeout,
             left_seconds=patience.left,
             proposal=self._get_proposal(order) if getting else None,
             prepare=self._receive(receiver) if getting else None,
             incoming=receiver.incoming if getting else None,
+            wanted=order.wanted,
         )
         last: tuple[int | None, ...] = ()
         async with aclosing(responses):

@@ -223,6 +223,24 @@ async def test_query_in_line_behind_a_retrieve_overtakes_it() -> None:
             (await second).done()
 
 
+async def test_what_nobody_waits_for_has_its_turn_last() -> None:
+    """Whether somebody does is asked as a slot becomes free, not when the waiting began."""
+    async with pooled(ceiling=2) as at:
+        retrieve = await at.lease(RETRIEVE)
+        first_is_wanted = True
+        async with asyncio.TaskGroup() as group:
+            first = group.create_task(at.lease(RETRIEVE, wanted=lambda: first_is_wanted))
+            await until(lambda: len(at.pool._waiters) == 1)
+            second = group.create_task(at.lease(RETRIEVE))
+            await until(lambda: len(at.pool._waiters) == 2)
+            first_is_wanted = False
+            retrieve.done()
+            overtook = await second
+            assert not first.done()
+            overtook.done()
+            (await first).done()
+
+
 async def test_single_slot_serves_retrieves_too() -> None:
     """With a ceiling of one there is nothing to keep back."""
     async with pooled(ceiling=1) as at:
