@@ -100,8 +100,6 @@ class Leg:
         """Return how many instances the running orders are said to bring."""
         return self._orders.said_to_come()
 
-    # ------------------------------------------------------------ serving
-
     def prepare(self, likely: Collection[str] = ()) -> None:
         """Ask for the manifest unless it is being asked for or was just given.
 
@@ -357,8 +355,6 @@ class Leg:
             self._flight.study_instance_uid, selection, patient_id=self.holder.patient_id
         )
 
-    # ------------------------------------------------------------- orders
-
     def _start(self, order: RetrieveOrder) -> None:
         order.wanted = self._flight.is_wanted
         running = Running(order, selection_of(order))
@@ -507,8 +503,6 @@ class Leg:
         return self.manifest is not None and any(
             sop_instance_uid in instances for instances in self.manifest.series.values()
         )
-
-    # ----------------------------------------------------------- manifest
 
     def _load(self, likely: Collection[str] = ()) -> None:
         self._loading = True
