@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -126,6 +127,52 @@ async def test_one_that_rejects_for_a_while(
         ready.set()
 
         assert_whole(await moving, busy, north)
+        assert set(north.sent.values()) == {1}
+
+
+class _Clock:
+    """Stands in for asyncio where a pause is to pass in no time, and be counted."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    def get_running_loop(self) -> _Clock:
+        return self
+
+    def time(self) -> float:
+        return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("busy_seconds", [20, 40])
+async def test_one_that_rejects_for_twenty_seconds(
+    tmp_path: Path, busy_seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As configured by default it is waited for; one that is busy for longer is told so."""
+    clock = _Clock()
+    monkeypatch.setattr(destinations, "asyncio", clock)
+    held = study(1, 3)
+    north = Archive("NORTH", held)
+    busy, other = Reading("READING1"), Reading("READING2")
+    busy.admit = lambda: REJECT_CONGESTION if clock.now < busy_seconds else None
+    async with region(tmp_path, north, readings=[busy, other]):
+        async with asyncio.TaskGroup() as group:
+            waiting = group.create_task(busy.move(uid_of(held)))
+            served = group.create_task(other.move(uid_of(held)))
+
+        assert_whole(served.result(), other, north)
+        assert other.requests == 1
+        if busy_seconds < 30:
+            assert_whole(waiting.result(), busy, north)
+        else:
+            assert_true(waiting.result(), busy, uids(held))
+            assert 20 < clock.now <= 30
         assert set(north.sent.values()) == {1}
 
 
