@@ -76,10 +76,8 @@ class Leg:
         self._refused: dict[str, str] = {}
         now = asyncio.get_running_loop().time()
         self._finest = flight.flights.pace(holder.name).finest(now)
-        self._gave_up = False
-        self._stalled = False
-        self._fetched = False
-        self._told_unverified = False
+        self._gave_up = self._stalled = False
+        self._fetched = self._told_unverified = False
         self._vanishable: set[str] = set()
 
     @property
