@@ -123,7 +123,9 @@ class RetrieveOrder:
     arrived, 0 while none did; whoever receives them sets it, the source's stall
     deadline reads it. ``last_possible_activity`` is the same for bytes that may
     have been of another order to that source: they put a deadline off, and do
-    not mean that this order has begun.
+    not mean that this order has begun. ``doubtful`` are instances on their way
+    that may be of this order, which has begun, with the loop times of their first
+    and last bytes: until it is known, they hold a deadline up if they began in time.
     ``sop_classes`` are those expected (from the manifest), for C-GET's contexts.
     ``wanted`` tells whether anybody waits for what it brings, at the moment it is
     asked; without it somebody does. What nobody waits for comes after all else.
@@ -137,6 +139,9 @@ class RetrieveOrder:
     sop_classes: tuple[str, ...] = ()
     last_activity: float = 0.0
     last_possible_activity: float = 0.0
+    doubtful: dict[object, tuple[float, float]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
     arrived: int = 0
     wanted: Callable[[], bool] | None = field(default=None, compare=False, repr=False)
 

@@ -99,6 +99,9 @@ class FlightArrival:
         self._sop_instance_uid = sop_instance_uid
         self._loop = asyncio.get_running_loop()
         self._flight: Flight | None = None
+        self._series_instance_uid = ""
+        self._doubtful_for: list[RetrieveOrder] = []
+        self._over = False
         self._patient_id = ""
 
     def write(self, segments: Sequence[memoryview], release: Callable[[], None]) -> None:
@@ -108,6 +111,7 @@ class FlightArrival:
 
     def discard(self) -> None:
         """Forget what came: the transfer was aborted."""
+        self._no_longer_doubtful()
         self._writer.discard()
 
     async def finish(self) -> int:
@@ -123,6 +127,8 @@ class FlightArrival:
             _log.error("store_failed", source=self._source, **error_fields(error))
             self._fail("store_failed")
             return CANNOT_UNDERSTAND
+        finally:
+            self._no_longer_doubtful()
         self._active()
         _ARRIVED.labels(self._source).inc()
         flight = self._flight
@@ -141,6 +147,7 @@ class FlightArrival:
                 raise Refused(OTHER_STUDY)
             raise Refused(NO_FLIGHT)
         self._flight = flight
+        self._series_instance_uid = header.series_instance_uid
         agreed = flight.patient_id
         if agreed and header.patient_id and header.patient_id != agreed:
             raise Refused(IDENTITY_CONFLICT)
@@ -176,18 +183,34 @@ class FlightArrival:
     def _active(self) -> None:
         """Note a sign of life of the order that this is for.
 
-        Which one that is may not be known before the header has been read; those
-        that wait for a tape must not pass for begun because another study comes.
+        Which one that is may not be known before the header has been read. Those
+        that wait for a tape must not pass for begun because another study comes, and
+        those that have begun and stalled not for alive.
         """
         now = self._loop.time()
         orders = [order for order in self._flights.orders(self._source) if self._may_be_for(order)]
         for order in orders:
             order.last_possible_activity = now
-            if len(orders) == 1 or order.last_activity or self._flight is not None:
+            if len(orders) == 1 or self._flight is not None:
                 order.last_activity = now
+            elif order.last_activity and not self._over:
+                first, _ = order.doubtful.get(self, (now, now))
+                if self not in order.doubtful:
+                    self._doubtful_for.append(order)
+                order.doubtful[self] = (first, now)
+
+    def _no_longer_doubtful(self) -> None:
+        """Take back what may have been for orders: it is known now, or nothing more comes."""
+        self._over = True
+        for order in self._doubtful_for:
+            order.doubtful.pop(self, None)
+        self._doubtful_for.clear()
 
     def _may_be_for(self, order: RetrieveOrder) -> bool:
         flight = self._flight
         if flight is not None and flight.study_instance_uid not in order.study_instance_uids:
+            return False
+        series = self._series_instance_uid
+        if series and order.series_instance_uids and series not in order.series_instance_uids:
             return False
         return not order.sop_instance_uids or self._sop_instance_uid in order.sop_instance_uids

@@ -365,5 +365,9 @@ class _Patience:
             possible = self._order.last_possible_activity
             end = max(self._started, self._moved, possible) + self._first_seconds
         else:
-            end = max(self._order.last_activity, self._moved) + self._stall_seconds
+            certain = max(self._order.last_activity, self._moved) + self._stall_seconds
+            # What began later is another order's, or comes too late: one study's
+            # instances must not keep up the order for another one that stalled.
+            in_time = (last for first, last in self._order.doubtful.values() if first <= certain)
+            end = max(certain, max(in_time, default=0.0) + self._stall_seconds)
         return end - self._loop.time()

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from dicomproxy.dataset.header import EXPLICIT_VR_LITTLE_ENDIAN
+from dicomproxy.dataset.levels import Level
 from dicomproxy.ports import RetrieveOrder
 from dicomproxy.retrieval.holder import Holder
 from dicomproxy.retrieval.selection import Selection
@@ -126,3 +127,41 @@ async def test_latecomer_of_an_ended_flight_is_refused(log_watch: LogWatch) -> N
     assert await scene.send() == 0x0124
     assert not log_watch.named("identity_conflict")
     await scene.world.close()
+
+
+OTHER = "1.9"
+
+
+async def test_another_studys_bytes_do_not_keep_a_stalled_order_alive(scene: Scene) -> None:
+    """What is not known to be of an order is doubtful until its header is read, and then is not."""
+    scene.world.flights.order_started("north", RetrieveOrder(Level.STUDY, (OTHER,)))
+    order = scene.order
+    order.last_activity = before = order.last_activity or 1.0
+    arrival = scene.world.arrivals.receive("north", CT, "1.9.1", EXPLICIT_VR_LITTLE_ENDIAN)
+    arrival.write([memoryview(encoded(OTHER, "1.9.2", "1.9.1", PATIENT_ID))], lambda: None)
+    assert order.last_activity == before
+    assert list(order.doubtful) == [arrival]
+    assert await arrival.finish() == 0xC001
+    assert order.last_activity == before
+    assert order.doubtful == {}
+
+
+async def test_own_bytes_count_once_they_are_known(scene: Scene) -> None:
+    """Beside another study's order, an instance is a sign of life once it is known whose it is."""
+    other = RetrieveOrder(Level.STUDY, (OTHER,), last_activity=1.0)
+    scene.world.flights.order_started("north", other)
+    scene.order.last_activity = before = 1.0
+    assert await scene.send() == 0
+    assert scene.order.last_activity > before
+    assert (other.last_activity, other.doubtful, scene.order.doubtful) == (1.0, {}, {})
+
+
+async def test_aborted_transfer_is_doubtful_no_more(scene: Scene) -> None:
+    """What will never be known to be of an order holds up its deadline no longer."""
+    scene.world.flights.order_started("north", RetrieveOrder(Level.STUDY, (OTHER,)))
+    scene.order.last_activity = 1.0
+    arrival = scene.world.arrivals.receive("north", CT, FIRST, EXPLICIT_VR_LITTLE_ENDIAN)
+    arrival.write([memoryview(b"12")], lambda: None)
+    assert list(scene.order.doubtful) == [arrival]
+    arrival.discard()
+    assert scene.order.doubtful == {}

@@ -300,6 +300,20 @@ async def test_patience_is_put_off_by_whatever_moves() -> None:
     assert patience.left() == -1.0
 
 
+async def test_patience_with_what_may_be_of_another_order() -> None:
+    """A transfer of unknown study puts a stall off if it began in time, not if it began later."""
+    clock = Clock()
+    order = RetrieveOrder(Level.STUDY, (STUDY,), last_activity=clock.now)
+    patience = _Patience(order, first_seconds=300.0, stall_seconds=60.0)
+    patience._loop = clock  # type: ignore[assignment]
+    large, small = object(), object()
+    order.doubtful[large] = (clock.now + 59.0, clock.now + 100.0)
+    order.doubtful[small] = (clock.now + 61.0, clock.now + 120.0)
+    assert patience.left() == 160.0
+    del order.doubtful[large]
+    assert patience.left() == 60.0
+
+
 async def test_counts_that_do_not_change_put_nothing_off() -> None:
     """An archive that repeats the same Pending for ever is as silent as one that sends none."""
     stop = asyncio.Event()
