@@ -143,7 +143,7 @@ class Flight:
 
     def may_ask(self, sources: Collection[Source]) -> bool:
         """Tell whether any of *sources* serves this flight."""
-        return any(leg.holder.source in sources for leg in self._legs.values())
+        return any(leg.uses(sources) for leg in self._legs.values())
 
     def subscribe(self, request: FlightRequest) -> Subscription:
         """Add a subscriber; it counts from now on, its walk begins with :meth:`begin`."""
@@ -305,6 +305,12 @@ class Flight:
             return True
         # The same bytes came from a source that this caller may see.
         return not subscription.visible.isdisjoint(self._vouched.get(sop_instance_uid, ()))
+
+    def was_whole_for(self, subscription: Subscription) -> bool:
+        """Tell whether the study was held whole when this began, and all may be given on."""
+        return self.was_complete and all(
+            self.available(subscription, uid) for uid in list(self.lease.instances)
+        )
 
     def best_total(self, subscription: Subscription) -> int:
         """Return how many instances are said to come, before any manifest is there."""

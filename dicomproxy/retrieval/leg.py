@@ -18,6 +18,7 @@ from dicomproxy.ports import (
     Failure,
     RetrieveOrder,
     RetrieveProgress,
+    Source,
     SourceError,
 )
 from dicomproxy.retrieval.batches import (
@@ -63,7 +64,7 @@ class Leg:
         self.manifest: Manifest | None = None
         self.conflict = False
         self.paused_missing = paused_missing
-        self._loading = False
+        self._loading: Source | None = None
         self._listing: Listing = {}
         self._rows = 0
         self._loaded_at = float("-inf")
@@ -93,6 +94,11 @@ class Leg:
     def blamed(self) -> bool:
         """Whether the holder itself failed, so that it is left alone for a while."""
         return self._failed_at is not None
+
+    def uses(self, sources: Collection[Source]) -> bool:
+        """Tell whether any of *sources* is asked, or would be next."""
+        asked = (self.holder.source, self._loading, *(one.source for one in self._orders))
+        return any(source in sources for source in asked)
 
     def best_total(self) -> int:
         """Return how many instances the running orders are said to bring."""
@@ -142,7 +148,7 @@ class Leg:
 
     def _paused(self, subscription: Subscription) -> Standing:
         """Serve from what is held, since this holder failed a moment ago."""
-        if self._complete_before(subscription):
+        if self._flight.was_whole_for(subscription):
             self._tell_unverified("retry_pause")
             return Standing.ASSUMED
         study = self._flight.study_instance_uid
@@ -256,9 +262,8 @@ class Leg:
             limit = 0
         orders, waiting, missing = self._missing(subscription, explicit, limit)
         incomplete: list[str] = []
-        if subscription.selection.level is not Level.IMAGE and not self._complete_before(
-            subscription
-        ):
+        above_instances = subscription.selection.level is not Level.IMAGE
+        if above_instances and not self._flight.was_whole_for(subscription):
             for key in self._units_for(subscription):
                 unit = self._units.get(key) or Unit()
                 if unit.complete or self._is_complete(_WHOLE_STUDY):
@@ -341,13 +346,6 @@ class Leg:
         unit = self._units.get(key)
         return unit is not None and unit.complete
 
-    def _complete_before(self, subscription: Subscription) -> bool:
-        """Whether the study was held whole when the flight began, and may be shown."""
-        flight = self._flight
-        return flight.was_complete and all(
-            flight.available(subscription, uid) for uid in list(flight.lease.instances)
-        )
-
     def _for_selection(self, selection: Selection) -> list[RetrieveOrder]:
         return orders_for_selection(
             self._flight.study_instance_uid, selection, patient_id=self.holder.patient_id
@@ -355,7 +353,7 @@ class Leg:
 
     def _start(self, order: RetrieveOrder) -> None:
         order.wanted = self._flight.is_wanted
-        running = Running(order, selection_of(order))
+        running = Running(order, selection_of(order), self.holder.source)
         self._orders.append(running)
         self._flight.asked.add(self.name)
         if order.level is Level.STUDY:
@@ -375,7 +373,7 @@ class Leg:
         self._flight.flights.order_started(self.name, order)
         at_once = len(self._flight.flights.orders(self.name))
         try:
-            async with closing(self.holder.source.retrieve(order)) as steps:
+            async with closing(running.source.retrieve(order)) as steps:
                 async for progress in steps:
                     running.progress = progress
                     self._flight.changed()
@@ -393,7 +391,7 @@ class Leg:
         self._flight.flights.pace(self.name).observe(
             len(running.arrived),
             asyncio.get_running_loop().time() - started,
-            self.holder.source.round_trip_seconds,
+            running.source.round_trip_seconds,
             at_once,
         )
         if self._flight.closed:
@@ -503,7 +501,7 @@ class Leg:
         )
 
     def _load(self, likely: Collection[str] = ()) -> None:
-        self._loading = True
+        self._loading = self.holder.source
         self._fetched = False
         self._listing, self._rows = {}, 0
         lease = self._flight.lease
@@ -533,7 +531,7 @@ class Leg:
         except Exception as error:  # a fault of ours, or the store's; nobody may wait for ever
             _log.error("flight_failed", source=self.name, **error_fields(error))
             self._not_loaded(Failure.PROTOCOL)
-        self._loading = False
+        self._loading = None
         self._loaded_at = asyncio.get_running_loop().time()
         self._flight.relist()
         self._flight.wake()
@@ -543,7 +541,8 @@ class Leg:
 
         Without a listing the whole study would be asked for, those a second time.
         """
-        source, study = self.holder.source, self._flight.study_instance_uid
+        source = self._loading or self.holder.source
+        study = self._flight.study_instance_uid
         more: dict[str, Any] = {
             "series": likely,
             "progress": self._row_listed,

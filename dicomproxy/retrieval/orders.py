@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from dicomproxy.dataset.levels import Level
-from dicomproxy.ports import Failure, RetrieveOrder, RetrieveProgress
+from dicomproxy.ports import Failure, RetrieveOrder, RetrieveProgress, Source
 from dicomproxy.retrieval.manifest import Manifest
 from dicomproxy.retrieval.selection import Selection
 
@@ -26,10 +26,11 @@ HOPELESS: Final = frozenset(
 
 @dataclass(slots=True, eq=False)
 class Running:
-    """An order under way, and which instances it has brought."""
+    """An order under way at *source*, and which instances it has brought."""
 
     order: RetrieveOrder
     selection: Selection
+    source: Source
     progress: RetrieveProgress = field(default_factory=RetrieveProgress)
     arrived: set[str] = field(default_factory=set)
     task: asyncio.Task[None] | None = None

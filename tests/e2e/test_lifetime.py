@@ -107,6 +107,35 @@ async def reload(proxy: Proxy, count: int) -> None:
     await proxy.until(lambda: len(proxy.named("reloaded")) == count, "reloaded")
 
 
+@pytest.mark.parametrize("asked_again", [False, True])
+async def test_sighup_breaks_off_nothing_that_is_fetched_to_its_end(
+    start: MakeProxy, asked_again: bool
+) -> None:
+    """What nobody waits for any more comes whole over what the former configuration opened.
+
+    So it does if somebody else asks for the same study by the new one meanwhile.
+    """
+    held = study(1, 30)
+    async with setup(start, held, count=2, retrieve={"finish_abandoned": True}) as made:
+        proxy, [north] = made.proxy, made.archives
+        north.delay_seconds = 0.1
+        left = await made.reading.move(the_study(held), cancel_after=2)
+        assert left.final.status == 0xFE00
+        await reload(proxy, 1)
+        assert await proxy.metric("dicomproxy_flights") == 1
+        if asked_again:
+            result = await made.workstations[1].move(the_study(held))
+            assert figures(result.final) == (0x0000, 30, 0, 0)
+        async with asyncio.timeout(20):
+            while await proxy.metric("dicomproxy_flights"):  # noqa: ASYNC110 (another process)
+                await asyncio.sleep(0.05)
+
+        assert await proxy.fetched() == 30
+        assert set(north.sent.values()) == {1}
+        assert north.cancelled == 0
+        assert not proxy.named("flight_incomplete")
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 async def test_a_restart_keeps_cache_and_locations(start: MakeProxy, how: signal.Signals) -> None:
     """After a stop, and after a kill, the study is there still, and so is where others are."""

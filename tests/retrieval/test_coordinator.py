@@ -1257,6 +1257,36 @@ async def test_a_source_is_in_use_until_its_last_flight_has_ended(build: Build) 
     assert sorted(world.store.studies[STUDY].instances) == sorted(north.studies[STUDY].instances)
 
 
+@pytest.mark.parametrize("held_back", ["instances", "listing"])
+async def test_a_source_that_was_replaced_is_in_use_until_it_has_answered(
+    build: Build, held_back: str
+) -> None:
+    """Who joins by a new configuration takes nothing from what the former one has asked for."""
+    old, new, gate = Archive("north", study(3)), Archive("north", study(3)), asyncio.Event()
+    if held_back == "listing":
+        old.find_gate = gate
+    else:
+        old.gate = lambda uid: gate
+    world = build(old)
+    first, second = (
+        FlightRequest(
+            STUDY, Selection(), (Holder(source, PATIENT_ID),), frozenset({"north"}), PATIENT_ID
+        )
+        for source in (old, new)
+    )
+    new.arrivals = world.arrivals
+    async with asyncio.timeout(SECONDS), world.flights.join(first):
+        await until(lambda: bool(old.orders if held_back == "instances" else old.queries))
+        async with world.flights.join(second):
+            await settle()
+            unused = asyncio.create_task(world.flights.wait_unused([old]))
+            await settle()
+            assert not unused.done()
+            gate.set()
+    async with asyncio.timeout(SECONDS):
+        await unused
+
+
 @pytest.mark.parametrize("round_trip", [0.0, 0.03])
 async def test_an_order_that_has_brought_everything_is_not_cancelled(
     build: Build, round_trip: float
