@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -350,6 +351,22 @@ async def test_retrieve_may_always_try_an_open_breaker() -> None:
         gone = False
         assert (await at.retrieve(ORDER))[-1].status == 0x0000
         assert at.archive.health().breaker == "closed"
+
+
+async def test_what_nobody_waits_for_tries_no_open_breaker() -> None:
+    """An archive that is not well is left alone by what may as well come later."""
+
+    async def handle(association: Association, _message: Message) -> None:
+        association.abort()
+
+    async with asking(StandIn(handle), breaker_failures=1) as at:
+        with pytest.raises(SourceError):
+            await at.retrieve(ORDER)
+        asked = len(at.peer.requests)
+        with pytest.raises(SourceError) as caught:
+            await at.retrieve(replace(ORDER, wanted=lambda: False))
+        assert caught.value.failure is Failure.BREAKER
+        assert len(at.peer.requests) == asked
 
 
 async def test_parallel_retrieves_leave_a_slot_for_queries() -> None:
