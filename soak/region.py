@@ -1,7 +1,9 @@
 """Starts the peers and the proxy, and knows how to hurt each.
 
 The cache lies on a small tmpfs of its own where that may be mounted (as root),
-so that a disk can be filled to its last byte; elsewhere it is merely small.
+so that a disk can be filled to its last byte; elsewhere it is merely small. What
+is kept for good, the audit trail and the state, lies beside it: it would fill
+that disk in an hour.
 """
 
 from __future__ import annotations
@@ -235,6 +237,7 @@ def _settings(
         ],
         proxy={"pending_interval": "1s", "shutdown_grace": "10s"},
         local={"query_timeout": "3s", **patience},
+        state={"directory": str(directory / "state")},
         cache={"max_size": f"{MAX_CACHE_BYTES}B", "memory_spool": "16MB"},
         retrieve={"retry_pause": "3s", "destination_retry": "5s"},
     )
