@@ -17,6 +17,7 @@ from dicomproxy.demo.region import DemoFailed, Region
 
 _SUCCESS: Final = 0x0000
 _WIDTH: Final = 110
+_LOOK_SECONDS: Final = 0.5
 
 
 def run(*, keep: bool = False) -> int:
@@ -174,6 +175,7 @@ def _leave_running(console: Console, region: Region) -> None:
             "Ctrl-C ends it."
         )
         while True:
-            signal.pause()
+            # Not for ever: a signal between this line and the wait itself would not end it.
+            time.sleep(_LOOK_SECONDS)
     except KeyboardInterrupt:
         pass
