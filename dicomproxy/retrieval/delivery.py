@@ -63,6 +63,8 @@ class Outlet:
         self._expected: dict[tuple[str, str], None] = {}
         self.lost: DestinationError | None = None
         self.stopped = False
+        self.was_open = False
+        """The destination has had an association of ours."""
         self.occupied: asyncio.Event | None = None
         """Set once whoever else sends to the same destination has ended."""
 
@@ -100,7 +102,9 @@ class Outlet:
             self._destination = self._open()
             self._destination.expect(self._expected)
         try:
-            return await self._destination.deliver(instance, reader)
+            delivered = await self._destination.deliver(instance, reader)
+            self.was_open = True
+            return delivered
         except DestinationError as error:
             occupied, self.occupied = self.occupied, None
             if occupied is None or error.failure not in _MAY_BE_OCCUPIED:
@@ -111,7 +115,7 @@ class Outlet:
             return await self._destination.deliver(instance, reader)
 
     async def close(self) -> None:
-        """Let the destination go. Never raises."""
+        """Let the destination go, until something is sent again. Never raises."""
         destination, self._destination = self._destination, None
         if destination is None:
             return
@@ -245,6 +249,8 @@ async def deliver_study(
                         report.outcome = FlightOutcome(stopped=True)
                         return
                     continue  # it will come again, in one piece
+                # Instances come before all are listed, and each one is to be counted.
+                await subscription.until_listed()
                 _lose(item, subscription, part, report)
                 progressed()
                 return

@@ -317,6 +317,11 @@ class Flight:
         legs = (self._legs.get(holder.name) for holder in subscription.holders)
         return max((leg.best_total() for leg in legs if leg is not None), default=0)
 
+    def is_listing(self, subscription: Subscription) -> bool:
+        """Tell whether any holder is still to say what it has."""
+        legs = [self._legs.get(holder.name) for holder in subscription.holders]
+        return any(leg is None or leg.is_listing for leg in legs)
+
     def relist(self) -> None:
         """Tell every subscriber what is known to exist for it."""
         for subscription in self.subscriptions:

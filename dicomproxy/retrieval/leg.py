@@ -100,6 +100,11 @@ class Leg:
         asked = (self.holder.source, self._loading, *(one.source for one in self._orders))
         return any(source in sources for source in asked)
 
+    @property
+    def is_listing(self) -> bool:
+        """Whether it will be known what the holder has, and is not yet."""
+        return self.manifest is None and self._loading is not None
+
     def best_total(self) -> int:
         """Return how many instances the running orders are said to bring."""
         return self._orders.said_to_come()

@@ -121,6 +121,8 @@ class RetrieveOperation:
         self._subscriptions: set[Subscription] = set()
         self._steps: dict[asyncio.Task[Any], Callable[[], bool] | None] = {}
         self._disclosures: list[Disclosure] = []
+        self._undelivered: set[str] = set()
+        self._delivered = asyncio.Event()
         self._relay: Relay | None = None
         self._refusal: int | None = None
         self._slots = asyncio.Semaphore(_PARALLEL_STUDIES)
@@ -205,10 +207,13 @@ class RetrieveOperation:
             # There may be more, and nobody can tell how much.
             self.tally.part().failure = NUMBER_OF_MATCHES_UNKNOWN
         self._phase("retrieving")
+        self._undelivered = {study.study_instance_uid for study in ours}
+        if not ours:
+            self._delivered.set()
         async with asyncio.TaskGroup() as group:
             if relayed:
                 self._relay = Relay(relayed, self.tally.part())
-                self._outlet.occupied = self._relay.ended
+                self._outlet.occupied = self._relay.quiet
                 group.create_task(self._run_relay(self._relay), name="relay")
             for study in ours:
                 disclosure = Disclosure(study)
@@ -245,7 +250,38 @@ class RetrieveOperation:
 
     async def _run_relay(self, relay: Relay) -> None:
         """Have the local PACS send its part; whatever goes wrong with it stays with it."""
-        move = relay.follow(
+        try:
+            await self._interruptible(self._relayed(relay), "relay", relay.cancel)
+        except _Cancelled:
+            pass
+        except Exception as error:
+            relay.break_off(error, self.operation_id)
+        finally:
+            relay.quiet.set()
+            relay.ended.set()
+        self._progressed()
+
+    async def _relayed(self, relay: Relay) -> None:
+        """Follow the local PACS; ask it again, once, if we were in its way.
+
+        Many workstations serve one association at a time. The PACS gives up on
+        one that is busy with ours, so that it is asked again when ours is over.
+        """
+        await self._follow(relay)
+        relay.quiet.set()
+        if relay.was_kept_out and self._outlet.was_open:
+            await self._delivered.wait()
+            _log.info(
+                "local_retrieve_repeated",
+                operation_id=self.operation_id,
+                destination_ae_title=self.destination.ae_title,
+                status=relay.status,
+            )
+            relay.begin_anew()
+            await self._follow(relay)
+
+    async def _follow(self, relay: Relay) -> None:
+        await relay.follow(
             self._coordinator.local,
             self.request,
             self.originator,
@@ -253,15 +289,6 @@ class RetrieveOperation:
             calling_ae_title=self._local_calling_ae_title,
             progressed=self._progressed,
         )
-        try:
-            await self._interruptible(move, "relay", relay.cancel)
-        except _Cancelled:
-            pass
-        except Exception as error:
-            relay.break_off(error, self.operation_id)
-        finally:
-            relay.ended.set()
-        self._progressed()
 
     # ------------------------------------------------------------ our part
 
@@ -284,6 +311,20 @@ class RetrieveOperation:
                 **error_fields(error),
             )
             self._progressed()
+        finally:
+            await self._delivered_all(disclosure.study)
+
+    async def _delivered_all(self, study: LocatedStudy) -> None:
+        """Note that nothing more of *study* is sent, unless the local PACS leaves something.
+
+        After the last one the workstation is let go: the PACS may be waiting for it.
+        """
+        self._undelivered.discard(study.study_instance_uid)
+        if self._undelivered or self._delivered.is_set():
+            return
+        if self._relay is not None and not self._relay.ended.is_set():
+            await self._outlet.close()
+        self._delivered.set()
 
     async def _study(self, disclosure: Disclosure, part: Part) -> None:
         study = disclosure.study
@@ -300,6 +341,7 @@ class RetrieveOperation:
         if local is None:
             relay.covered.add(study.study_instance_uid)
             return
+        await self._delivered_all(study)
         await relay.ended.wait()
         lacking = {
             uid: of

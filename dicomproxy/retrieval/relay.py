@@ -46,6 +46,8 @@ class Relay:
     """What the local PACS was asked for, and how far it has come.
 
     ``status`` is that of its final response, ``broken`` says that none came.
+    ``ended`` is set when no more comes of it, ``quiet`` once the PACS has ended
+    what it was asked first, for it may be asked again.
     ``covered`` are studies that were had from elsewhere instead, ``cancelled``
     says that the PACS was sent a C-CANCEL.
     """
@@ -53,12 +55,27 @@ class Relay:
     studies: list[LocatedStudy]
     part: Part
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    quiet: asyncio.Event = field(default_factory=asyncio.Event)
     status: int | None = None
     broken: bool = False
     covered: set[str] = field(default_factory=set)
     cancelled: bool = False
     _cancellation: Cancellation = field(default_factory=Cancellation)
     _patience: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
+
+    @property
+    def was_kept_out(self) -> bool:
+        """Whether the PACS delivered nothing at all, as if the workstation did not take it."""
+        if self.status is None or self.cancelled or self.part.completed + self.part.warning:
+            return False
+        return self.status in (SUB_OPERATIONS_FAILED, WARNING) or self.status >> 12 == 0xC
+
+    def begin_anew(self) -> None:
+        """Expect again what has failed, since the PACS is about to be asked once more."""
+        self.status = None
+        part = self.part
+        part.remaining, part.failed, part.failure = part.remaining + part.failed, 0, None
+        part.failed_sop_instance_uids.clear()
 
     def cancel(self) -> bool:
         """Tell the PACS to stop; False if it was not asked yet, so that nobody need wait for it."""

@@ -169,6 +169,12 @@ class Subscription:
             if self._takes(instance):
                 yield instance.sop_instance_uid
 
+    async def until_listed(self) -> None:
+        """Return once every holder has said what it has, or it is known that it will not."""
+        while not self._stopped and self.outcome is None and self._flight.is_listing(self):
+            self.news.clear()
+            await self.news.wait()
+
     def begin(self, cached: int) -> None:
         """Note how much of the flight's list was there from the start."""
         self._cached_until = cached
@@ -177,6 +183,7 @@ class Subscription:
         """Replace what is known to exist for this subscriber."""
         self.listed = listed
         self._unlisted = sum(1 for uid in self._served if uid not in listed)
+        self.news.set()
         self.changed()
 
     def changed(self) -> None:
