@@ -64,7 +64,7 @@ class Outlet:
         self.lost: DestinationError | None = None
         self.stopped = False
         self.was_open = False
-        """The destination has had an association of ours."""
+        """The destination has had an association of ours, or was asked for one."""
         self.occupied: asyncio.Event | None = None
         """Set once whoever else sends to the same destination has ended."""
 
@@ -100,11 +100,10 @@ class Outlet:
     async def _deliver(self, instance: CachedInstance, reader: InstanceReader) -> Delivered:
         if self._destination is None:
             self._destination = self._open()
+            self.was_open = True
             self._destination.expect(self._expected)
         try:
-            delivered = await self._destination.deliver(instance, reader)
-            self.was_open = True
-            return delivered
+            return await self._destination.deliver(instance, reader)
         except DestinationError as error:
             occupied, self.occupied = self.occupied, None
             if occupied is None or error.failure not in _MAY_BE_OCCUPIED:

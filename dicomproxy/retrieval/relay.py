@@ -73,6 +73,7 @@ class Relay:
     def begin_anew(self) -> None:
         """Expect again what has failed, since the PACS is about to be asked once more."""
         self.status = None
+        self._patience = asyncio.timeout(None)
         part = self.part
         part.remaining, part.failed, part.failure = part.remaining + part.failed, 0, None
         part.failed_sop_instance_uids.clear()

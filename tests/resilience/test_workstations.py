@@ -100,6 +100,42 @@ async def test_one_that_takes_one_association_only(tmp_path: Path) -> None:
         assert single.requests > 1
 
 
+async def test_one_that_takes_one_association_only_from_us_or_from_the_local_pacs(
+    tmp_path: Path,
+) -> None:
+    """Local and remote studies of one request arrive, though the local PACS was turned away."""
+    at_local, at_north = study(1, 2), study(1, 3)
+    north, single = Archive("NORTH", at_north), Reading("READING1")
+    kept_out = asyncio.Event()
+
+    def one_at_a_time() -> AssociateReject | None:
+        if not single.open:
+            return None
+        kept_out.set()
+        return REJECT_CONGESTION
+
+    async def keep_it_out(phase: str, _association: Association) -> None:
+        if phase == "instance":
+            await kept_out.wait()
+
+    async def after_us(phase: str) -> None:
+        if phase == "move" and not kept_out.is_set():
+            async with asyncio.timeout(SECONDS):
+                while not single.open:  # noqa: ASYNC110  (it has no event)
+                    await asyncio.sleep(0)
+
+    single.admit, single.at = one_at_a_time, keep_it_out
+    async with region(tmp_path, north, readings=[single]) as here:
+        here.local.held = Archive("", at_local).held
+        here.local.destinations["READING1"] = single.port
+        here.local.at = after_us
+        answer = await single.move(f"{uid_of(at_local)}\\{uid_of(at_north)}")
+
+        assert_whole(answer, single, north, here.local)
+        assert single.peak == 1
+        assert len(here.local.orders) == 2
+
+
 async def test_one_that_rejects_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

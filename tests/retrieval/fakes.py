@@ -487,6 +487,7 @@ class Workstation:
 class LocalPacs:
     """The local PACS as a mover: plays its script of progress, then an error if there is one.
 
+    Asked again it plays the next of ``later``, if there is one.
     Told to cancel, it plays ``once_cancelled`` instead of the rest, if that is set.
     ``cancelled`` counts the iterators closed before their end.
     """
@@ -494,6 +495,7 @@ class LocalPacs:
     def __init__(self) -> None:
         self.moves: list[tuple[RetrieveOrder, str, str, int]] = []
         self.script: list[RetrieveProgress | SourceError] = []
+        self.later: list[list[RetrieveProgress | SourceError]] = []
         self.once_cancelled: list[RetrieveProgress | SourceError] | None = None
         self.gate: asyncio.Event | None = None
         self.told_to_cancel = 0
@@ -523,6 +525,8 @@ class LocalPacs:
         self.moves.append((order, destination_ae_title, calling_ae_title, message_id))
         ended = False
         script = [*self.script]
+        if self.later:
+            self.script = self.later.pop(0)
 
         def cancel() -> None:
             self.told_to_cancel += 1

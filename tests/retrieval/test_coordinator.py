@@ -1475,6 +1475,136 @@ async def test_delivery_waits_for_the_local_part_where_it_must(
     assert len(workstation.received) == 3
 
 
+async def test_local_pacs_has_the_workstation_as_soon_as_our_part_is_delivered(
+    build: Build,
+) -> None:
+    """Ours is let go although the local PACS, which may wait for it, has not ended."""
+    north, local = Archive("north", study(3)), Archive(LOCAL, study(2, uid="1.8"))
+    world, workstation = build(north, local=local, relay=True), Workstation()
+    world.know(north, local)
+    world.local_pacs.gate = asyncio.Event()
+    world.local_pacs.script = [
+        RetrieveProgress(remaining=2),
+        RetrieveProgress(completed=2, final=True, status=0),
+    ]
+    async with running(world.operation(workstation, study_request(STUDY, "1.8"))) as task:
+        await until(lambda: workstation.closed == 1)
+        assert not task.done()
+        world.local_pacs.gate.set()
+    assert task.result() == RetrieveOutcome(0x0000, completed=5)
+    assert len(world.local_pacs.moves) == 1
+
+
+@pytest.mark.parametrize("status", [0xA702, 0xB000, 0xC001])
+async def test_local_pacs_that_was_kept_out_is_asked_again(build: Build, status: int) -> None:
+    """It could not associate while we did: once ours is over it can, and only that counts."""
+    north, local = Archive("north", study(3)), Archive(LOCAL, study(2, uid="1.8"))
+    world, workstation = build(north, local=local, relay=True), Workstation()
+    world.know(north, local)
+    workstation.gate, world.local_pacs.gate = asyncio.Event(), asyncio.Event()
+    lost = ("1.8.1.1", "1.8.1.2")
+    world.local_pacs.script = [
+        RetrieveProgress(failed=2, final=True, status=status, failed_sop_instance_uids=lost)
+    ]
+    world.local_pacs.later = [[RetrieveProgress(completed=2, final=True, status=0)]]
+    async with running(world.operation(workstation, study_request(STUDY, "1.8"))) as task:
+        await workstation.waiting.wait()
+        world.local_pacs.gate.set()
+        await settle()
+        assert len(world.local_pacs.moves) == 1
+        workstation.gate.set()
+    assert task.result() == RetrieveOutcome(0x0000, completed=5)
+    assert (len(world.local_pacs.moves), workstation.closed) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [
+        (RetrieveProgress(final=True, status=0xA801), 0xB000),
+        (RetrieveProgress(completed=1, failed=1, final=True, status=0xB000), 0xB000),
+    ],
+)
+async def test_local_pacs_that_was_not_kept_out_is_not_asked_again(
+    build: Build, script: RetrieveProgress, status: int
+) -> None:
+    """One that delivered anything, or knows no such workstation, has said its last word."""
+    north, local = Archive("north", study(3)), Archive(LOCAL, study(2, uid="1.8"))
+    world, workstation = build(north, local=local, relay=True), Workstation()
+    world.know(north, local)
+    world.local_pacs.script = [script]
+    outcome = await run(world.operation(workstation, study_request(STUDY, "1.8")))
+    assert outcome.status == status
+    assert len(world.local_pacs.moves) == 1
+
+
+async def test_cancel_while_the_local_pacs_waits_to_be_asked_again(build: Build) -> None:
+    """Nobody is asked any more, and what failed before remains failed."""
+    north, local = Archive("north", study(3)), Archive(LOCAL, study(2, uid="1.8"))
+    world, workstation = build(north, local=local, relay=True), Workstation()
+    world.know(north, local)
+    workstation.gate, world.local_pacs.gate = asyncio.Event(), asyncio.Event()
+    world.local_pacs.script = [RetrieveProgress(failed=2, final=True, status=0xA702)]
+    operation = world.operation(workstation, study_request(STUDY, "1.8"))
+    async with running(operation) as task:
+        await workstation.waiting.wait()
+        await until(lambda: operation.counts.failed == 2)
+        world.local_pacs.gate.set()
+        await settle()
+        operation.cancel()
+        workstation.gate.set()
+    assert task.result().status == 0xFE00
+    assert task.result().failed == 2
+    assert len(world.local_pacs.moves) == 1
+
+
+async def test_destination_lost_before_all_is_listed_fails_every_instance(build: Build) -> None:
+    """The first instances come while more are being listed; all of them are counted."""
+    north = Archive("north", study(3))
+    listed = asyncio.Event()
+    rows = north.find
+
+    async def slowly(query: SourceQuery) -> AsyncIterator[Identifier]:
+        async for row in rows(query):
+            yield row
+            if query.level is Level.IMAGE:
+                await listed.wait()
+
+    north.find = slowly  # type: ignore[method-assign]
+    world, workstation = build(north), Workstation()
+    world.know(north)
+    workstation.refusals.append(Failure.UNREACHABLE)
+    async with running(world.operation(workstation)) as task:
+        await until(lambda: bool(workstation.refused))
+        await settle()
+        assert not task.done()
+        listed.set()
+    assert (task.result().status, task.result().failed) == (0xA702, 3)
+    assert sorted(task.result().failed_sop_instance_uids) == sorted(study(3).instances)
+
+
+async def test_cancel_while_a_lost_destinations_instances_are_being_listed(build: Build) -> None:
+    """A listing that does not come keeps nobody who has cancelled."""
+    north = Archive("north", study(3))
+    rows = north.find
+
+    async def endlessly(query: SourceQuery) -> AsyncIterator[Identifier]:
+        async for row in rows(query):
+            yield row
+            if query.level is Level.IMAGE:
+                await asyncio.Event().wait()
+
+    north.find = endlessly  # type: ignore[method-assign]
+    world, workstation = build(north), Workstation()
+    world.know(north)
+    workstation.refusals.append(Failure.UNREACHABLE)
+    operation = world.operation(workstation)
+    async with running(operation) as task:
+        await until(lambda: bool(workstation.refused))
+        await settle()
+        operation.cancel()
+    assert task.result().status == 0xFE00
+
+
 async def test_reload_does_not_leave_a_flight_with_a_source_that_is_closed(build: Build) -> None:
     """What a retrieve under the new configuration joined goes on at the source that it knows."""
     held, gate = study(3), asyncio.Event()
