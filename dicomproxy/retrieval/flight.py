@@ -418,7 +418,7 @@ class Flight:
     def lists(self, source: str, sop_instance_uid: str) -> bool:
         """Tell whether *source* is known to hold that instance in this study."""
         leg = self._legs.get(source)
-        return leg is not None and leg.lists(sop_instance_uid)
+        return leg is not None and leg.catalogue.lists(sop_instance_uid)
 
     def _append(self, instance: CachedInstance) -> None:
         self._latest[instance.sop_instance_uid] = len(self.log)
@@ -450,17 +450,17 @@ class Flight:
         else:
             subscription.wake.set()
 
-    async def patient_changed(self, leg: Leg, patient_id: str) -> None:
-        """Drop the study: a holder says that it is another patient's than was agreed."""
+    async def patient_changed(self, source: str, patient_id: str) -> None:
+        """Drop the study: *source* says that it is another patient's than was agreed."""
         _log.warning(
             "identity_conflict",
             study_instance_uid=self.study_instance_uid,
-            source=leg.name,
+            source=source,
             reason="patient_changed",
         )
-        self.asked.discard(leg.name)
-        leg.stop()
-        self.flights.seen(self.study_instance_uid, leg.name, patient_id)
+        self.asked.discard(source)
+        self._legs[source].stop()
+        self.flights.seen(self.study_instance_uid, source, patient_id)
         await self._drop()
 
     def not_held(self, source: str) -> None:

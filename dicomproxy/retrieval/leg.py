@@ -1,4 +1,4 @@
-"""One study at one holder: what it lists, what is claimed, and the orders under way.
+"""One study at one holder: what is claimed of what it lists, and the orders under way.
 
 Rules kept: deciding is synchronous, so that no two subscribers claim the same
 instance; an order's claim stands until the order has ended. Nothing is waited
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from dicomproxy.dataset.levels import Level
 from dicomproxy.logs import error_fields, get_logger
@@ -22,13 +22,13 @@ from dicomproxy.ports import (
     SourceError,
 )
 from dicomproxy.retrieval.batches import (
-    MAX_UIDS,
     early_orders,
     orders_for_missing,
     orders_for_selection,
 )
+from dicomproxy.retrieval.catalogue import Catalogue
 from dicomproxy.retrieval.holder import Holder, Standing
-from dicomproxy.retrieval.manifest import Listing, Manifest, closing, load_manifest
+from dicomproxy.retrieval.manifest import Manifest, closing
 from dicomproxy.retrieval.orders import (
     HOPELESS,
     Orders,
@@ -48,9 +48,6 @@ if TYPE_CHECKING:
 
 _log = get_logger()
 
-MANIFEST_FRESH_SECONDS: Final = 5.0
-"""A manifest younger than this serves a retrieve that begins now."""
-
 _WHOLE_STUDY: Final = ""
 
 
@@ -61,13 +58,13 @@ class Leg:
         self._flight = flight
         self._settings = flight.settings
         self.holder = holder
-        self.manifest: Manifest | None = None
-        self.conflict = False
         self.paused_missing = paused_missing
-        self._loading: Source | None = None
-        self._listing: Listing = {}
-        self._rows = 0
-        self._loaded_at = float("-inf")
+        self.catalogue = Catalogue(
+            flight,
+            holder.name,
+            listed=self._listed,
+            is_begun=lambda: bool(self._orders or self._fetched),
+        )
         self._failed_at: float | None = None
         self._unreachable: Failure | None = None
         self._orders = Orders()
@@ -79,16 +76,20 @@ class Leg:
         self._finest = flight.flights.pace(holder.name).finest(now)
         self._gave_up = self._stalled = False
         self._fetched = self._told_unverified = False
-        self._vanishable: set[str] = set()
 
     @property
     def name(self) -> str:
         return self.holder.name
 
     @property
+    def manifest(self) -> Manifest | None:
+        """The last one that has come."""
+        return self.catalogue.manifest
+
+    @property
     def verified(self) -> bool:
         """Whether the manifest, if there is one, lists every instance."""
-        return self.manifest is not None and self.manifest.verified
+        return self.catalogue.verified
 
     @property
     def blamed(self) -> bool:
@@ -97,13 +98,13 @@ class Leg:
 
     def uses(self, sources: Collection[Source]) -> bool:
         """Tell whether any of *sources* is asked, or would be next."""
-        asked = (self.holder.source, self._loading, *(one.source for one in self._orders))
+        asked = (self.holder.source, self.catalogue.loading, *(one.source for one in self._orders))
         return any(source in sources for source in asked)
 
     @property
     def is_listing(self) -> bool:
         """Whether it will be known what the holder has, and is not yet."""
-        return self.manifest is None and self._loading is not None
+        return self.catalogue.is_first
 
     def best_total(self) -> int:
         """Return how many instances the running orders are said to bring."""
@@ -126,8 +127,10 @@ class Leg:
             # A flight may last longer than the pause in which it began.
             study = self._flight.study_instance_uid
             self.paused_missing = self._flight.flights.paused(study, self.name)
-        fresh = now - self._loaded_at < MANIFEST_FRESH_SECONDS
-        if self.paused_missing is None and not (self._loading or self.conflict or fresh):
+        catalogue = self.catalogue
+        if self.paused_missing is None and not (
+            catalogue.loading or catalogue.conflict or catalogue.is_fresh
+        ):
             self._load(likely)
 
     async def serve(self, subscription: Subscription, *, last: bool) -> Standing:
@@ -162,12 +165,12 @@ class Leg:
 
     def _decide(self, subscription: Subscription, last: bool) -> list[RetrieveOrder] | Standing:
         """Return orders to place now, none to wait, or how it ended. Never awaits."""
-        if self.conflict:
+        if self.catalogue.conflict:
             return Standing.CONFLICT
-        if self.manifest is None and self._loading:
+        if self.catalogue.is_first:
             return self._at_once(subscription)
         if self.manifest is not None and not self.manifest.held:
-            return [] if self._loading or self._orders else Standing.ABSENT
+            return [] if self.catalogue.loading or self._orders else Standing.ABSENT
         limit = 1 if self._stalled and not last else self._settings.attempts
         if self._gave_up:
             limit = 0
@@ -217,7 +220,7 @@ class Leg:
         fetchable = self._fetchable(
             {
                 uid: series
-                for series, uids in self._listing.items()
+                for series, uids in self.catalogue.so_far.items()
                 for uid in uids
                 if subscription.selection.covers(series, uid)
                 and not subscription.is_excluded(series, uid)
@@ -230,7 +233,7 @@ class Leg:
         return early_orders(
             self._flight.study_instance_uid,
             fetchable,
-            self._listing,
+            self.catalogue.so_far,
             running=len(self._orders),
             at_once=self._flight.flights.orders_at_once(self.holder.source),
             patient_id=self.holder.patient_id,
@@ -248,7 +251,7 @@ class Leg:
         orders, waiting, missing = self._missing(subscription, wanted, limit)
         if orders:
             return orders
-        if waiting or self._loading:
+        if waiting or self.catalogue.loading:
             return []
         if self._fetched and manifest.is_recent(self._settings.today()):
             # It may have grown while it was fetched.
@@ -282,7 +285,7 @@ class Leg:
                     incomplete.append(key)
         if orders:
             return orders
-        if waiting or self._loading:
+        if waiting or self.catalogue.loading:
             return []
         if not missing and not incomplete:
             self._tell_unverified("unreachable" if self.manifest is None else "not_listed")
@@ -499,98 +502,21 @@ class Leg:
         """Note that an instance came and was not let in: it is not waited for again."""
         self._refused[sop_instance_uid] = reason
 
-    def lists(self, sop_instance_uid: str) -> bool:
-        """Tell whether the manifest names the instance."""
-        return self.manifest is not None and any(
-            sop_instance_uid in instances for instances in self.manifest.series.values()
-        )
-
     def _load(self, likely: Collection[str] = ()) -> None:
-        self._loading = self.holder.source
         self._fetched = False
-        self._listing, self._rows = {}, 0
-        lease = self._flight.lease
-        if not likely:
-            likely = self._flight.flights.listed_series(self._flight.study_instance_uid, self.name)
-        known = self.manifest.listed(Selection()) if self.manifest is not None else {}
-        # What arrives from now on may be newer than the listing that is coming.
-        self._vanishable = {
-            uid
-            for uid, instance in list(lease.instances.items())
-            if instance.source == self.name and (uid in known or uid in self._flight.initial)
-        }
-        self._flight.spawn(self._load_manifest(likely), f"manifest:{self.name}")
+        self.catalogue.load(self.holder.source, likely)
 
-    def _row_listed(self) -> None:
-        """Let it be decided at the first row, and whenever a list may be full."""
-        self._rows += 1
-        if self.manifest is None and self._rows % MAX_UIDS in (0, 1):
-            self._flight.wake()
-
-    async def _load_manifest(self, likely: Collection[str]) -> None:
-        try:
-            manifest = await self._ask_for_manifest(likely)
-            await self._take(manifest)
-        except SourceError as error:
-            self._not_loaded(error.failure)
-        except Exception as error:  # a fault of ours, or the store's; nobody may wait for ever
-            _log.error("flight_failed", source=self.name, **error_fields(error))
-            self._not_loaded(Failure.PROTOCOL)
-        self._loading = None
-        self._loaded_at = asyncio.get_running_loop().time()
-        self._flight.relist()
-        self._flight.wake()
-
-    async def _ask_for_manifest(self, likely: Collection[str]) -> Manifest:
-        """Ask for it, and once more if that failed although instances are coming already.
-
-        Without a listing the whole study would be asked for, those a second time.
-        """
-        source = self._loading or self.holder.source
-        study = self._flight.study_instance_uid
-        more: dict[str, Any] = {
-            "series": likely,
-            "progress": self._row_listed,
-            "interactive": self._flight.is_wanted(),
-        }
-        try:
-            return await load_manifest(source, study, into=self._listing, **more)
-        except SourceError as error:
-            begun = self.manifest is None and (self._orders or self._fetched)
-            if not begun or error.failure is Failure.UNREACHABLE:
-                raise
-            self._listing = {}
-            return await load_manifest(source, study, into=self._listing, **more)
-
-    def _not_loaded(self, failure: Failure) -> None:
-        if self.manifest is None:
+    def _listed(self, failure: Failure | None) -> None:
+        """Go by a manifest that has come, or by why none has."""
+        catalogue = self.catalogue
+        if failure is not None and catalogue.manifest is None:
             self._unreachable = failure
-        else:
+        elif failure is not None:
             self._tell_unverified("unreachable")
-
-    async def _take(self, manifest: Manifest) -> None:
-        """Accept a manifest: the patient it names, and what it no longer lists."""
-        flight = self._flight
-        if not flight.agrees(manifest.patient_id):
-            self.manifest = manifest
-            self.conflict = True
-            await flight.patient_changed(self, manifest.patient_id)
-            return
-        self.manifest = manifest
-        flight.flights.remember_series(flight.study_instance_uid, self.name, manifest.series)
-        if not manifest.held:
-            flight.not_held(self.name)
-        if manifest.verified:
-            listed = manifest.listed(Selection())
-            gone = [uid for uid in self._vanishable if uid not in listed]
-            if gone:
-                await flight.remove(gone)
-            if flight.lease.complete and any(uid not in flight.lease.instances for uid in listed):
-                # At once: a crash must not leave a part that passes for the whole.
-                await flight.lease.set_complete(False)
-            for running in self._unsettled:
+        elif not catalogue.conflict:
+            for running in self._unsettled if catalogue.verified else ():
                 self._settle(running)
-        self._unsettled.clear()
+            self._unsettled.clear()
 
     def _tell_unverified(self, reason: str) -> None:
         if not self._told_unverified:
