@@ -14,7 +14,8 @@ meet in the store, so that a slow workstation never holds up a source::
     flights       the flights under way, and what failed lately
       flight      one study: what is held, who waits for it
       subscription  what one of those sees of it
-      leg         one study at one holder: what it lists, what is claimed, orders
+      leg         one study at one holder: what is claimed, and the orders
+      catalogue   what one holder lists of it, and the asking for it
       manifest    which instances a holder says exist
       batches     what is missing, as orders; pure
       selection   a study, some series or some instances; pure
