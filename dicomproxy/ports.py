@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from dicomproxy.dataset.header import InstanceHeader
 from dicomproxy.dataset.identifier import Identifier
 from dicomproxy.dataset.levels import Level
+from dicomproxy.dataset.patient import Domain, PatientId
 
 LOCAL = "local"
 """The source name under which the local PACS appears everywhere."""
@@ -515,6 +516,41 @@ class Locations(Protocol):
         ...
 
     def forget(self, study_instance_uid: str, source: str) -> None: ...
+
+
+# --------------------------------------------------------------- cross-reference
+
+
+class CrossReferenceError(Exception):
+    """It could not be found out who a patient is elsewhere; never taken for "nobody".
+
+    Args:
+        failure: which way it failed; ``STATUS`` for one that answered with an error.
+        reason: a log-safe word, such as ``unknown_domain`` or ``several_ids``.
+    """
+
+    def __init__(self, failure: Failure, reason: str = "") -> None:
+        self.failure = failure
+        self.reason = reason
+        super().__init__(f"{failure} {reason}".strip())
+
+
+class CrossReference(Protocol):
+    """Which IDs a person has in other domains."""
+
+    async def lookup(self, patient: PatientId, domain: Domain) -> tuple[PatientId, ...]:
+        """Return the person's IDs in *domain*; none if they are known to have none there.
+
+        More than one only where the site has allowed it.
+
+        Raises:
+            CrossReferenceError: an outage, or a domain it does not know.
+        """
+        ...
+
+    def forget(self, patient: PatientId) -> None:
+        """Drop what is remembered of a person: two records were merged, or an ID moved."""
+        ...
 
 
 # ------------------------------------------------------------------------ audit
