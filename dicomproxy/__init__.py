@@ -17,6 +17,7 @@ The rooms, from the network inwards::
     query/         one C-FIND becomes many; their matches become one answer
     retrieval/     flights fetch studies into the cache, deliveries send from it
       |
+    identity/      who a patient is elsewhere, and what makes a prior look local
     dataset/       identifiers, levels, character sets, headers; pure
     ports.py       what query and retrieval ask of the edges below
       ^
@@ -28,6 +29,7 @@ The rooms, from the network inwards::
 
     dimse/         upper layer and DIMSE on asyncio, under services, sources and
                    destinations; knows nothing of priors
+    hl7/           HL7 v2 messages and MLLP, under identity; knows no patient, only fields
     logs.py        structured logs without patient values; anyone may import it
     tasks.py       tasks with a name and an owner; likewise
 
