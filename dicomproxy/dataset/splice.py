@@ -71,18 +71,9 @@ _IMPLICIT: Final = {False: Struct("<HHL").unpack_from, True: Struct(">HHL").unpa
 _EXPLICIT: Final = {False: Struct("<HH2sH").unpack_from, True: Struct(">HH2sH").unpack_from}
 _LONG: Final = {False: Struct("<L").unpack_from, True: Struct(">L").unpack_from}
 _BELIEVED: Final = (SHORT_VRS | LONG_VRS) - {b"UN"}
+_BEYOND: Final = 0xFFFFFFFE
+"""The length of an element whose length is cut off: more than there can be."""
 _SWAPPED: Final = frozenset({"US", "SS", "AT", "UL", "SL", "FL", "UV", "SV", "FD"})
-
-
-class Found(NamedTuple):
-    """Where a top-level element is: its head, its value, and what follows it."""
-
-    tag: int
-    vr: bytes
-    start: int
-    value: int
-    end: int
-    defined: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +82,9 @@ class Header:
 
     Args:
         encoding: how it is really written.
-        elements: where its top-level elements are, in the order of the file.
+        tags: of its top-level elements, in the order of the file.
+        starts: where each of them begins; it ends where the next one begins.
+        places: by tag its place in both; where a tag stands several times, the last.
         end: where stepping over them ended; what follows is copied.
         reach: the largest tag that would have been seen.
         view: the elements that were asked for, decoded.
@@ -100,11 +93,25 @@ class Header:
     read: Read
     size_bytes: int
     encoding: Encoding
-    elements: Sequence[Found]
+    tags: Sequence[int]
+    starts: Sequence[int]
+    places: Mapping[int, int]
     end: int
     reach: int
     ordered: bool
     view: Identifier
+
+    def start(self, number: int) -> int:
+        """Return where the element of that place in the file begins, or where all end."""
+        return self.starts[number] if number < len(self.starts) else self.end
+
+    def numbers(self, tag: int) -> Sequence[int]:
+        """Return the places at which *tag* stands; several only where order is broken."""
+        if tag not in self.places:
+            return ()
+        if self.ordered:
+            return (self.places[tag],)
+        return [number for number, other in enumerate(self.tags) if other == tag]
 
 
 # -------------------------------------------------------------------- scanning
@@ -133,102 +140,173 @@ def scan(
     """
     window = Window(read)
     encoding = top_encoding(window, size_bytes, transfer_syntax_uid)
-    implicit, big_endian = encoding
-    unpack_implicit, unpack_explicit = _IMPLICIT[big_endian], _EXPLICIT[big_endian]
-    unpack_long, short_vrs = _LONG[big_endian], SHORT_VRS
-    elements: list[Found] = []
-    limit, last = max(wanted), -1
-    ordered, passed, thorough = True, False, False
-    position, vr, data, size = 0, b"", window.data, len(window.data)
-    # Most of what a splice costs is this loop, so heads are taken apart in place.
-    while position < size_bytes:
-        if len(elements) > MAX_ELEMENTS:
-            raise SpliceError("too many elements")
-        at = position - window.start
-        if at + 12 > size:
-            available = min(12, size_bytes - position)
-            if available < 8:
-                if passed or not any(window.bytes(position, available)):
-                    break  # padding, or something cut off
-                raise SpliceError("truncated element")
-            at = window.at(position, available)
-            data, size = window.data, len(window.data)
-        start = position
-        if implicit:
-            group, number, length = unpack_implicit(data, at)
-            position += 8
-        else:
-            group, number, vr, length = unpack_explicit(data, at)
-            if vr in short_vrs:
-                position += 8
-            elif is_vr(vr):
-                if at + 12 > size:
-                    raise SpliceError("truncated element")
-                (length,) = unpack_long(data, at + 8)
-                position += 12
+    steps = _Steps(window, size_bytes, encoding, wanted, required)
+    steps.walk()
+    places = dict(zip(steps.tags, range(len(steps.tags)), strict=True))
+    view = _view(window, encoding, steps, places, wanted)
+    return Header(
+        read,
+        size_bytes,
+        encoding,
+        steps.tags,
+        steps.starts,
+        places,
+        steps.end,
+        0xFFFFFFFF if steps.end >= size_bytes else steps.limit,
+        steps.ordered,
+        view,
+    )
+
+
+class _Steps:
+    """From element to element, until nothing of interest can follow."""
+
+    def __init__(
+        self,
+        window: Window,
+        size_bytes: int,
+        encoding: Encoding,
+        wanted: Collection[int],
+        required: Collection[int],
+    ) -> None:
+        self._window = window
+        self._size_bytes = size_bytes
+        self._encoding = encoding
+        self._wanted = wanted
+        self._required = required
+        self.limit = max(wanted)
+        self.tags: list[int] = []
+        self.starts: list[int] = []
+        self.end = 0
+        self.ordered = True
+        self._passed = False
+        self._thorough = False
+
+    def walk(self) -> None:
+        # Most of what a splice costs is this loop, so heads are taken apart in place.
+        window, tags, starts, limit = self._window, self.tags, self.starts, self.limit
+        implicit, big_endian = self._encoding
+        unpack_implicit, unpack_explicit = _IMPLICIT[big_endian], _EXPLICIT[big_endian]
+        unpack_long, short_vrs = _LONG[big_endian], SHORT_VRS
+        base, data, at, last, vr = window.start, window.data, 0 - window.start, -1, b""
+        size = len(data)
+        while True:
+            if at + 12 > size:
+                if self._ends(base + at):
+                    return
+                at = window.at(base + at, min(12, self._size_bytes - base - at))
+                base, data, size = window.start, window.data, len(window.data)
+            start = base + at
+            if implicit:
+                group, number, length = unpack_implicit(data, at)
+                at += 8
             else:
-                _, _, length = unpack_implicit(data, at)
-                vr, position = b"", position + 8
-        tag = group << 16 | number
-        if tag <= last:
-            ordered = False
-        if tag > limit and not passed and group != 0xFFFE:
-            passed = True
-            thorough = not all(any(one.tag == tag for one in elements) for tag in required)
-        last = tag
-        value, defined = position, True
-        if not tag or group == 0xFFFE or (length > size_bytes - position and length != UNDEFINED):
-            if passed or (not tag and not length):
-                position = start
-                break
+                group, number, vr, length = unpack_explicit(data, at)
+                if vr in short_vrs:
+                    at += 8
+                elif not is_vr(vr):
+                    _, _, length = unpack_implicit(data, at)
+                    vr = b""
+                    at += 8
+                elif at + 12 <= size:
+                    (length,) = unpack_long(data, at + 8)
+                    at += 12
+                else:
+                    length, at = _BEYOND, at + 12
+            tag = group << 16 | number
+            if not last < tag <= limit and self._stops(tag, last, start, length):
+                return
+            tags.append(tag)
+            starts.append(start)
+            last = tag
+            if length != UNDEFINED or vr in short_vrs:
+                at += length
+                continue
+            position = self._behind(base + at, start, vr)
+            if position < 0:
+                return
+            base, data, size = window.start, window.data, len(window.data)
+            at = position - base
+
+    def _ends(self, position: int) -> bool:
+        """Tell whether no element begins at *position*."""
+        left = self._size_bytes - position
+        if left >= 8:
+            return False
+        self.end = position
+        if left < 0:
+            # The last element is cut off. Pixels may be, what is edited may not.
+            if not self._passed or self.tags[-1] in self._wanted:
+                raise SpliceError("truncated element")
+            self._drop_last()
+        elif left and not self._passed and any(self._window.bytes(position, left)):
+            raise SpliceError("truncated element")
+        return True
+
+    def _drop_last(self) -> None:
+        self.tags.pop()
+        self.end = self.starts.pop()
+
+    def _stops(self, tag: int, last: int, start: int, length: int) -> bool:
+        """Tell whether an element out of order or behind what is wanted ends the walk."""
+        if len(self.tags) > MAX_ELEMENTS:
+            raise SpliceError("too many elements")
+        self.end = start
+        if not tag or tag >> 16 == 0xFFFE:
+            if self._passed or (not tag and not length):
+                return True
             raise SpliceError("not a data set")
-        if length != UNDEFINED or vr in short_vrs:
-            position += length
-        elif passed and ordered and not thorough:
-            position = start
-            break
-        else:
-            defined = False
-            try:
-                position = skip(window, position, inner_encoding(vr, encoding))
-            except SpliceError:
-                if not passed:
-                    raise
-                position = start
-                break
-            data, size = window.data, len(window.data)
-        elements.append(Found(tag, vr, start, value, position, defined))
-    view = _view(window, encoding, elements, wanted)
-    reach = 0xFFFFFFFF if position >= size_bytes else limit
-    return Header(read, size_bytes, encoding, elements, position, reach, ordered, view)
+        if tag <= last:
+            self.ordered = False
+        if tag > self.limit:
+            if not self._passed:
+                self._passed = True
+                self._thorough = not set(self._required) <= set(self.tags)
+            if length == UNDEFINED and self.ordered and not self._thorough:
+                return True
+        return False
+
+    def _behind(self, value: int, start: int, vr: bytes) -> int:
+        """Return the position behind a value of undefined length, -1 if it does not end."""
+        try:
+            return skip(self._window, value, inner_encoding(vr, self._encoding))
+        except SpliceError:
+            if not self._passed or self.tags[-1] in self._wanted:
+                raise
+        self._drop_last()
+        return -1
 
 
 def _view(
-    window: Window, encoding: Encoding, elements: list[Found], wanted: Collection[int]
+    window: Window,
+    encoding: Encoding,
+    steps: _Steps,
+    places: Mapping[int, int],
+    wanted: Collection[int],
 ) -> Identifier:
     """Decode the wanted elements; of several with one tag the last counts."""
     decoded = []
     charset = None
-    for found in elements:
-        tag = found.tag
-        if tag not in wanted:
-            continue
-        vr = found.vr.decode("ascii") if found.vr in _BELIEVED else vr_of(tag)
-        size = found.end - found.value
-        if vr != "SQ" and found.defined and not (encoding.big_endian and vr in _SWAPPED):
-            if size > _MAX_VALUE_BYTES:
+    ends = [*steps.starts[1:], steps.end]
+    for number in sorted(places[tag] for tag in wanted if tag in places):
+        tag, start, end = steps.tags[number], steps.starts[number], ends[number]
+        _, code, value, length = window.head(start, encoding)
+        vr = code.decode("ascii") if code in _BELIEVED else vr_of(tag)
+        if vr != "SQ" and length != UNDEFINED and not (encoding.big_endian and vr in _SWAPPED):
+            if length > _MAX_VALUE_BYTES:
                 raise SpliceError("value too long")
-            element = Element(tag, vr, window.bytes(found.value, size))
+            element = Element(tag, vr, window.bytes(value, length))
             if tag == SPECIFIC_CHARACTER_SET:
                 charset = element
-                continue
-            decoded.append(element)
+            else:
+                decoded.append(element)
             continue
-        size = found.end - found.start
-        if size > _MAX_SEQUENCE_BYTES:
+        if end - start > _MAX_SEQUENCE_BYTES:
             raise SpliceError("sequence too long")
         try:
-            alone = Identifier.decode(window.bytes(found.start, size), encoding.transfer_syntax_uid)
+            alone = Identifier.decode(
+                window.bytes(start, end - start), encoding.transfer_syntax_uid
+            )
         except IdentifierError:
             raise SpliceError("a sequence that cannot be read") from None
         decoded.extend(alone)
@@ -327,19 +405,24 @@ def splice(header: Header, edits: Edits, *, unicode: bool = False) -> Splice:
             Window(header.read),
             header.size_bytes,
             header.encoding,
-            [one for one in header.elements if one.tag not in edits],
+            [
+                start
+                for tag, start in zip(header.tags, header.starts, strict=True)
+                if tag not in edits
+            ],
             header.end,
             header.view.specific_character_set,
         )
         patches += texts
         changed |= groups
-    if changed:
-        patches += [
-            Patch(found.start, found.end, b"")
-            for found in header.elements
-            if (not found.tag & 0xFFFF and found.tag >> 16 in changed)
-            or (found.tag == _LENGTH_TO_END and found.tag not in edits)
-        ]
+    lengths = {group << 16 for group in changed}
+    if 0x0008 in changed and _LENGTH_TO_END not in edits:
+        lengths.add(_LENGTH_TO_END)
+    patches += [
+        Patch(header.starts[number], header.start(number + 1), b"")
+        for tag in lengths
+        for number in header.numbers(tag)
+    ]
     # Stable: what is inserted before an element precedes what replaces it.
     patches.sort(key=_start)
     return Splice(header.read, _segments(header, patches))
@@ -350,11 +433,6 @@ def _start(patch: Patch) -> int:
 
 
 def _patches(header: Header, edits: Edits) -> tuple[list[Patch], set[int]]:
-    places: dict[int, list[Found]] = {}
-    for found in header.elements:
-        if found.tag in edits:
-            places.setdefault(found.tag, []).append(found)
-    tags = [found.tag for found in header.elements]
     uid = header.encoding.transfer_syntax_uid
     patches: list[Patch] = []
     changed: set[int] = set()
@@ -362,23 +440,23 @@ def _patches(header: Header, edits: Edits) -> tuple[list[Patch], set[int]]:
         if tag < 0x00080000 or not tag & 0xFFFF:
             raise ValueError("not an element of a data set")
         element = edits[tag]
-        there = places.get(tag)
-        if there is None and element is None:
+        there = header.numbers(tag)
+        if not there and element is None:
             continue
         new = b"" if element is None else Identifier((element,)).encode(uid)
         changed.add(tag >> 16)
-        if there is None:
+        if not there:
             if header.ordered:
-                at = bisect_right(tags, tag)
+                at = bisect_right(header.tags, tag)
             else:
-                at = next((n for n, other in enumerate(tags) if other > tag), len(tags))
-            if at == len(tags) and tag > header.reach:
+                later = (number for number, other in enumerate(header.tags) if other > tag)
+                at = next(later, len(header.tags))
+            if at == len(header.tags) and tag > header.reach:
                 raise ValueError("an element beyond what was scanned")
-            start = header.elements[at].start if at < len(tags) else header.end
-            patches.append(Patch(start, start, new))
+            patches.append(Patch(header.start(at), header.start(at), new))
             continue
-        for found in there:
-            patches.append(Patch(found.start, found.end, new))
+        for number in there:
+            patches.append(Patch(header.starts[number], header.start(number + 1), new))
             new = b""
     return patches, changed
 

@@ -48,30 +48,18 @@ class Patch(NamedTuple):
     new: bytes
 
 
-class _Known(NamedTuple):
-    """What is used of a top-level element whose place is known."""
-
-    tag: int
-    vr: bytes
-    start: int
-    value: int
-    end: int
-    defined: bool
-
-
 def to_unicode(
     window: Window,
     size_bytes: int,
     encoding: Encoding,
-    known: Iterable[tuple[int, bytes, int, int, int, bool]],
+    known: Iterable[int],
     position: int,
     terms: Terms,
 ) -> tuple[list[Patch], set[int]]:
     """Return the patches that convert all text, and the groups whose top level they change.
 
     Args:
-        known: the top-level elements to convert, as tag, VR, start of head and
-            of value, end, and whether the length is defined.
+        known: where the top-level elements begin that are to be converted.
         position: where what is not known begins; it is stepped through up to its
             end, or to where it is no data set any more.
         terms: the character set that holds outside of items with their own.
@@ -81,17 +69,16 @@ def to_unicode(
     """
     texts = _Texts(window)
     groups: set[int] = set()
-    for found in map(_Known._make, known):
-        if found.tag & 0xFFFF and found.tag != SPECIFIC_CHARACTER_SET:
-            length = found.end - found.value if found.defined else UNDEFINED
-            head = Head(found.tag, found.vr, found.value, length)
+    for start in known:
+        head = window.head(start, encoding)
+        if head.tag & 0xFFFF and head.tag != SPECIFIC_CHARACTER_SET:
             before = len(texts.patches)
             try:
-                texts.element(found.start, head, encoding, terms, 0)
+                texts.element(start, head, encoding, terms, 0)
             except _Unreadable:
                 del texts.patches[before:]
             if len(texts.patches) > before:
-                groups.add(found.tag >> 16)
+                groups.add(head.tag >> 16)
     group_length: tuple[int, Patch] | None = None
     before = len(texts.patches)
     try:
