@@ -1,28 +1,19 @@
-"""The SQLite file behind the state store; used from its one thread only.
-
-Nothing in it is irreplaceable: a location is learnt again by the next query.
-So a file that cannot be read is set aside, never repaired, and an empty one
-takes its place. A full or read-only disk is no damage: it raises, and the file
-is tried again later.
-"""
+"""The table of study locations; used from the state store's one thread only."""
 
 from __future__ import annotations
 
-import os
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
-from dicomproxy.logs import get_logger
 from dicomproxy.ports import Location
+from dicomproxy.state.file import StateFile
 
 FILE_NAME: Final = "state.sqlite3"
 SCHEMA_VERSION: Final = 1
 
-# One transaction: a full disk or a crash leaves no half of it.
-_SCHEMA: Final = f"""
-    BEGIN IMMEDIATE;
+_TABLES: Final = """
     CREATE TABLE location (
         study_instance_uid TEXT NOT NULL,
         source TEXT NOT NULL,
@@ -31,8 +22,6 @@ _SCHEMA: Final = f"""
         PRIMARY KEY (study_instance_uid, source)
     ) WITHOUT ROWID;
     CREATE INDEX location_last_seen ON location (last_seen);
-    PRAGMA user_version = {SCHEMA_VERSION};
-    COMMIT;
 """
 _REMEMBER: Final = """
     INSERT INTO location VALUES (?, ?, ?, ?)
@@ -41,35 +30,20 @@ _REMEMBER: Final = """
         patient_id = CASE excluded.patient_id WHEN '' THEN patient_id ELSE excluded.patient_id END
 """
 """A row that does not name the patient does not unname one."""
-_DAMAGED: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-_SIDE_FILES: Final = ("", "-wal", "-shm")
-_BUSY_SECONDS: Final = 5.0
 
-_log = get_logger()
-
-T = TypeVar("T")
 Changes = Mapping[str, Mapping[str, Location | None]]
 """By study and source: where it was seen, or None to forget."""
 
 
-class _Unusable(Exception):
-    """The file is no database of ours; ``reason`` says why."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-        super().__init__(reason)
-
-
 class Database:
-    """The file, opened when first needed and again after a failure.
+    """Study locations in their file.
 
     Every method may raise ``sqlite3.Error`` or ``OSError``; none of them then
     has changed anything.
     """
 
     def __init__(self, directory: Path) -> None:
-        self._path = directory / FILE_NAME
-        self._connection: sqlite3.Connection | None = None
+        self._file = StateFile(directory / FILE_NAME, _TABLES, SCHEMA_VERSION)
 
     def read(self, study_instance_uid: str) -> tuple[Location, ...]:
         """Return every stored location of a study."""
@@ -81,7 +55,7 @@ class Database:
             )
             return tuple(Location(study_instance_uid, source, patient) for source, patient in rows)
 
-        return self._run(select)
+        return self._file.run(select)
 
     def write(self, changes: Changes, now: int) -> None:
         """Apply *changes* in one transaction, as seen at *now* (seconds since 1970)."""
@@ -105,7 +79,7 @@ class Database:
                 )
                 connection.executemany(_REMEMBER, seen)
 
-        self._run(apply)
+        self._file.run(apply)
 
     def prune(self, before: int, keep: int) -> int:
         """Delete locations last seen before *before*, and the oldest beyond *keep*; count them."""
@@ -123,66 +97,8 @@ class Database:
                 )
                 return aged.rowcount + surplus.rowcount
 
-        return self._run(delete)
+        return self._file.run(delete)
 
     def close(self) -> None:
         """Close the file; it opens again if it is used again."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
-
-    def _run(self, job: Callable[[sqlite3.Connection], T]) -> T:
-        """Run *job*; a file that turns out unusable is set aside and *job* meets an empty one."""
-        try:
-            return self._attempt(job)
-        except _Unusable as unusable:
-            self._set_aside(unusable.reason)
-        return self._attempt(job)
-
-    def _attempt(self, job: Callable[[sqlite3.Connection], T]) -> T:
-        try:
-            if self._connection is None:
-                self._connection = self._open()
-            return job(self._connection)
-        except (sqlite3.Error, OSError) as error:
-            # Closed after any failure: a disk that was full or gone is met afresh.
-            self.close()
-            if _is_damage(error):
-                raise _Unusable("damaged") from None
-            raise
-
-    def _open(self) -> sqlite3.Connection:
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Made here, not by SQLite: it holds patient IDs, so that others may not read it.
-        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        connection = sqlite3.connect(self._path, timeout=_BUSY_SECONDS)
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            # A power cut may cost the last moments, never the file.
-            connection.execute("PRAGMA synchronous = NORMAL")
-            (version,) = connection.execute("PRAGMA user_version").fetchone()
-            (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-            if version == 0 and tables == 0:
-                connection.executescript(_SCHEMA)
-            elif version != SCHEMA_VERSION:
-                raise _Unusable("schema_version")
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-    def _set_aside(self, reason: str) -> None:
-        """Rename the file and what belongs to it; only the latest such set is kept."""
-        self.close()
-        for suffix in _SIDE_FILES:
-            try:
-                os.replace(f"{self._path}{suffix}", f"{self._path}.damaged{suffix}")
-            except FileNotFoundError:
-                continue
-        _log.error("state_set_aside", reason=reason, file=f"{FILE_NAME}.damaged")
-
-
-def _is_damage(error: Exception) -> bool:
-    # The low byte is the error, the rest details it; errors of the module itself have no code.
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    return isinstance(error, sqlite3.DatabaseError) and code in _DAMAGED
+        self._file.close()

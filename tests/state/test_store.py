@@ -334,7 +334,7 @@ def test_full_disk_of_sqlite_itself_changes_nothing(tmp_path: Path) -> None:
     """A write that does not fit raises, leaves the file as it was, and the next one works."""
     database = Database(tmp_path)
     database.write({"1.2.3": {"north": at("1.2.3")}}, 1)
-    connection = database._connection
+    connection = database._file._connection
     assert connection is not None
     connection.execute("PRAGMA max_page_count = 1")  # the least that holds what is there
     many: Changes = {f"1.2.9.{n}": {"north": at(f"1.2.9.{n}")} for n in range(2000)}
