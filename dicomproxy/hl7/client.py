@@ -13,7 +13,7 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from dicomproxy.hl7.errors import Fault, FrameError, MllpError
 from dicomproxy.hl7.framing import FrameReader, frame
@@ -265,10 +265,10 @@ class _Connection(asyncio.Protocol):
     # ------------------------------------------------------ called by the loop
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - told to mypy
-        self._transport = transport
+        # Not a subclass of asyncio's in every event loop.
+        self._transport = cast(asyncio.Transport, transport)
         if self._broken:  # given up while it was being made
-            transport.abort()
+            self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
         answer = self._answer
