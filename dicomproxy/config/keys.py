@@ -14,7 +14,8 @@ from typing import Annotated, Any, Final, get_args, get_origin
 from pydantic_core import PydanticUndefined
 
 from dicomproxy.config.faults import YamlPath
-from dicomproxy.config.model import Section, Settings
+from dicomproxy.config.model import Settings
+from dicomproxy.config.section import Section, TextIs
 from dicomproxy.config.values import Kind, OneOrMany
 
 
@@ -91,7 +92,9 @@ def _expected(section: type[Section] | None, repeated: bool, hints: tuple[Any, .
     if section is not None and repeated:
         return f"a list; each member {_mapping(tuple(section.model_fields))}"
     if section is not None:
-        return _mapping(tuple(section.model_fields))
+        mapping = _mapping(tuple(section.model_fields))
+        alone = next((hint.name for hint in hints if isinstance(hint, TextIs)), None)
+        return f"{mapping}; or its {alone} alone" if alone else mapping
     found = list(_flatten(hints))
     phrase = next(hint.expected for hint in found if isinstance(hint, Kind))
     many = any(isinstance(hint, OneOrMany) for hint in found)

@@ -19,9 +19,11 @@ from pydantic_core.core_schema import WithDefaultSchema
 
 from dicomproxy.config.document import Document, Tree, parse
 from dicomproxy.config.faults import ConfigError, Fault, YamlPath, closest, show_key, show_value
+from dicomproxy.config.identity import CrossReferenceEntry
 from dicomproxy.config.keys import expected_at, known_keys
-from dicomproxy.config.model import LATER_KEYS, LATER_TYPES, Section, Settings
+from dicomproxy.config.model import LATER_KEYS, LATER_TYPES, Settings
 from dicomproxy.config.references import check_references
+from dicomproxy.config.section import Section
 
 MAX_FILE_BYTES: Final = 1024 * 1024
 MAX_FAULTS: Final = 200
@@ -109,6 +111,22 @@ def _resolve(settings: Settings, base: Path) -> Settings:
         cache=_updated(settings.cache, directory=base / settings.cache.directory),
         state=_updated(settings.state, directory=_below(base, settings.state.directory)),
         audit=_updated(settings.audit, file=_below(base, settings.audit.file)),
+        cross_references=tuple(_cross_reference(base, one) for one in settings.cross_references),
+    )
+
+
+def _cross_reference(base: Path, entry: CrossReferenceEntry) -> CrossReferenceEntry:
+    tls = entry.tls
+    return _updated(
+        entry,
+        file=_below(base, entry.file),
+        authorization_file=_below(base, entry.authorization_file),
+        tls=_updated(
+            tls,
+            ca_file=_below(base, tls.ca_file),
+            certificate_file=_below(base, tls.certificate_file),
+            key_file=_below(base, tls.key_file),
+        ),
     )
 
 

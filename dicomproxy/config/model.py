@@ -10,11 +10,15 @@ run once one of its fields is wrong. Durations are seconds, sizes are bytes.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
-from pydantic_core import CoreSchema, core_schema
-
+from dicomproxy.config.identity import (
+    CrossReferenceEntry,
+    DomainKey,
+    IdentitySection,
+    SourceIdentitySection,
+)
+from dicomproxy.config.section import LIST, MAPPING, Section, key, section
 from dicomproxy.config.values import (
     AETitle,
     AETitles,
@@ -39,59 +43,13 @@ from dicomproxy.config.values import (
     whole,
 )
 
-LATER_KEYS: Final = frozenset({"patient_id_issuer", "tls", "auth", "wado_url"})
+LATER_KEYS: Final = frozenset({"tls", "auth", "wado_url"})
 """Keys that a coming version brings; until then they are refused, not ignored."""
 
 LATER_TYPES: Final = ("dicomweb", "xds-i")
 """Types of source that a coming version brings."""
 
 Retrieve = Annotated[Literal["c-move", "c-get"], choice("c-move", "c-get")]
-
-
-class Section(BaseModel):
-    """A mapping of known keys that never changes once it is read."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-def key(description: str, default: Any = ...) -> Any:
-    """Declare a key; *default* is text as in the file, None where absence means something."""
-    return Field(
-        default=default,
-        description=description,
-        validate_default=default is not ... and default is not None,
-    )
-
-
-class _BlankIs:
-    """A section of which only the name is written stands for an empty one."""
-
-    def __init__(self, empty: type[dict[str, Any]] | type[list[Any]]) -> None:
-        self._empty = empty
-
-    def __get_pydantic_core_schema__(
-        self, source: object, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        return core_schema.no_info_before_validator_function(self._fill, handler(source))
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        return {"anyOf": [handler(schema), {"type": "null"}]}
-
-    def _fill(self, value: object) -> object:
-        return self._empty() if value is None else value
-
-
-_MAPPING: Final = _BlankIs(dict)
-_LIST: Final = _BlankIs(list)
-
-
-def section(description: str, default: dict[str, Any] | list[Any]) -> Any:
-    """Declare a section that may be left out."""
-    return Field(
-        default_factory=lambda: type(default)(), description=description, validate_default=True
-    )
 
 
 # ------------------------------------------------------------------------ proxy
@@ -142,9 +100,14 @@ class ProxySection(Section):
     max_associations: Annotated[int, whole(1, 10_000)] = key(
         "Associations at a time; more are rejected as transient, local limit exceeded", "200"
     )
+    accession_issuer: DomainKey = section(
+        "Who issues the accession numbers that the proxy makes up (default: a namespace that "
+        "is its ae_title)",
+        {},
+    )
     shutdown_grace: Pause = key("How long work under way may go on after SIGTERM", "30s")
-    timers: Annotated[TimersSection, _MAPPING] = section("Deadlines of associations", {})
-    limits: Annotated[LimitsSection, _MAPPING] = section("Bounds on what peers may send", {})
+    timers: Annotated[TimersSection, MAPPING] = section("Deadlines of associations", {})
+    limits: Annotated[LimitsSection, MAPPING] = section("Bounds on what peers may send", {})
 
 
 # ------------------------------------------------------------------------ peers
@@ -156,6 +119,9 @@ class LocalSection(Section):
     ae_title: AETitle = key("AE title of the local PACS")
     host: PeerHost = key("Where it is")
     port: Port = key("Its DICOM port")
+    patient_id_issuer: DomainKey = section(
+        "Who issues its patient IDs; needed where a source has another issuer", {}
+    )
     deliver: Annotated[Literal["relay", "proxy"], choice("relay", "proxy")] = key(
         "Who sends local studies to workstations: relay leaves it to the local PACS, "
         "proxy where the local PACS does not know the workstations",
@@ -244,6 +210,13 @@ class SourceEntry(Section):
     ae_title: AETitle = key("AE title of the archive")
     host: PeerHost = key("Where it is")
     port: Port = key("Its DICOM port")
+    patient_id_issuer: DomainKey = section(
+        "Who issues its patient IDs, unless its data sets say (default: local.patient_id_issuer)",
+        {},
+    )
+    identity: Annotated[SourceIdentitySection, MAPPING] = section(
+        "How its patients and orders are told apart from those of this site", {}
+    )
     retrieve: Retrieve = key(
         "c-move where the archive can connect back to the proxy, c-get where it cannot", "c-move"
     )
@@ -272,7 +245,7 @@ class SourceEntry(Section):
     study_root_only: Flag = key(
         "It has no Patient Root model: requests in that model are translated", "false"
     )
-    breaker: Annotated[BreakerSection, _MAPPING] = section("Its circuit breaker", {})
+    breaker: Annotated[BreakerSection, MAPPING] = section("Its circuit breaker", {})
     test_study: Uid | None = key("Study from which doctor has one instance sent back", None)
 
     @property
@@ -350,21 +323,27 @@ class Settings(Section):
 
     proxy: ProxySection = key("The proxy itself")
     local: LocalSection = key("The local PACS")
-    workstations: Annotated[tuple[WorkstationEntry, ...], _LIST] = section(
+    workstations: Annotated[tuple[WorkstationEntry, ...], LIST] = section(
         "Who may query and retrieve, and where studies are delivered", []
     )
-    callers: Annotated[tuple[CallerEntry, ...], _LIST] = section(
+    callers: Annotated[tuple[CallerEntry, ...], LIST] = section(
         "Modalities and others who may verify the connection (C-ECHO), and nothing else yet", []
     )
-    sources: Annotated[tuple[SourceEntry, ...], _LIST] = section(
+    sources: Annotated[tuple[SourceEntry, ...], LIST] = section(
         "Remote archives, in order of precedence", []
     )
+    cross_references: Annotated[tuple[CrossReferenceEntry, ...], LIST] = section(
+        "Who knows which IDs a person has elsewhere", []
+    )
+    identity: Annotated[IdentitySection, MAPPING] = section(
+        "What is remembered of cross-references", {}
+    )
     cache: CacheSection = key("The cache")
-    state: Annotated[StateSection, _MAPPING] = section("What is remembered", {})
-    audit: Annotated[AuditSection, _MAPPING] = section("The record of disclosures", {})
-    retrieve: Annotated[RetrieveSection, _MAPPING] = section("Fetching and delivering", {})
-    web: Annotated[WebSection, _MAPPING] = section("Health, metrics, status page", {})
-    log: Annotated[LogSection, _MAPPING] = section("Log lines", {})
+    state: Annotated[StateSection, MAPPING] = section("What is remembered", {})
+    audit: Annotated[AuditSection, MAPPING] = section("The record of disclosures", {})
+    retrieve: Annotated[RetrieveSection, MAPPING] = section("Fetching and delivering", {})
+    web: Annotated[WebSection, MAPPING] = section("Health, metrics, status page", {})
+    log: Annotated[LogSection, MAPPING] = section("Log lines", {})
 
     @property
     def state_directory(self) -> Path:

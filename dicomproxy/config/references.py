@@ -16,7 +16,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from dicomproxy.config.document import Document, Tree
 from dicomproxy.config.faults import YamlPath, closest, show_path, show_text, show_value
-from dicomproxy.config.model import CacheSection, ProxySection, Section, WebSection
+from dicomproxy.config.identity_references import check_identity
+from dicomproxy.config.model import CacheSection, ProxySection, WebSection
+from dicomproxy.config.section import Section
 from dicomproxy.config.values import AETitle, BindHost, BindPort, Fraction, SourceName
 
 _TITLE: Final[TypeAdapter[Any]] = TypeAdapter(AETitle)
@@ -37,6 +39,7 @@ def check_references(document: Document) -> None:
     checker.addresses()
     checker.destinations()
     checker.watermarks()
+    check_identity(document)
 
 
 @dataclass(frozen=True, slots=True)

@@ -439,6 +439,39 @@ SourceName = Annotated[
     ),
 ]
 SourceNames = Annotated[tuple[SourceName, ...], OneOrMany()]
+
+
+def _provider_name(value: object) -> str:
+    text = _text(value)
+    if not re.fullmatch(_SOURCE_NAME, text):
+        raise ValueError
+    if text == "same":
+        raise ValueError("same is there without being listed")
+    return text
+
+
+ProviderName = Annotated[
+    str,
+    Kind(
+        "a name of 1 to 32 of a-z, 0-9, _ and -",
+        _provider_name,
+        {"type": "string", "pattern": rf"^(?!same$){_SOURCE_NAME}$"},
+    ),
+]
+ProviderNames = Annotated[
+    tuple[
+        Annotated[
+            str,
+            Kind(
+                "same, or the name of one of cross_references",
+                lambda value: value if value == "same" else _provider_name(value),
+                {"type": "string", "pattern": rf"^{_SOURCE_NAME}$"},
+            ),
+        ],
+        ...,
+    ],
+    OneOrMany(at_least=1),
+]
 Uid = Annotated[
     str, Kind("a UID", _uid, {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)+$", "maxLength": 64})
 ]
@@ -474,6 +507,66 @@ Charset = Annotated[
         ...,
     ],
     OneOrMany(at_least=1, check=_check_charset),
+]
+
+
+# --------------------------------------------------------------------- identity
+
+
+def _significant(longest: int, refused: str) -> Callable[[object], str]:
+    """Return what takes a text of at most *longest* characters, without any of *refused*."""
+
+    def convert(value: object) -> str:
+        # Leading and trailing spaces are not significant (PS3.5 section 6.2).
+        text = _text(value).strip(" ")
+        if not text or len(text) > longest or not set(text).isdisjoint(refused):
+            raise ValueError
+        return text
+
+    return convert
+
+
+Namespace = Annotated[
+    str,
+    Kind(
+        "a name of 1 to 64 characters, no backslash",
+        _significant(64, "\\"),
+        {"type": "string", "minLength": 1, "maxLength": 64},
+    ),
+]
+IssuerText = Annotated[
+    str,
+    Kind(
+        "1 to 199 characters, no backslash",
+        _significant(199, "\\"),
+        {"type": "string", "minLength": 1, "maxLength": 199},
+    ),
+]
+AccessionPrefix = Annotated[
+    str,
+    Kind(
+        "1 to 8 characters that may begin an accession number",
+        _significant(8, "\\*?"),
+        {"type": "string", "minLength": 1, "maxLength": 8},
+    ),
+]
+_URL: Final = re.compile(r"https?://[^\s/?#@\\]+(?:/[^\s?#@\\]*)?", re.IGNORECASE)
+
+
+def _http_url(value: object) -> str:
+    text = _text(value)
+    if not _URL.fullmatch(text):
+        raise ValueError
+    return text.rstrip("/")
+
+
+HttpUrl = Annotated[
+    str,
+    Kind(
+        "a URL that begins with https:// or http://, without user, query and fragment",
+        _http_url,
+        {"type": "string", "pattern": r"^[Hh][Tt][Tt][Pp][Ss]?://[^\s?#@]+$"},
+    ),
 ]
 
 

@@ -166,7 +166,7 @@ def test_blank_sections_count_as_not_given() -> None:
                 f"the key {key}",
                 "not available in this version",
             )
-            for key in ("tls", "auth", "patient_id_issuer", "wado_url")
+            for key in ("tls", "auth", "wado_url")
         ),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -26,12 +27,19 @@ REST = (
     "local: {ae_title: LOCALPACS, host: 10.0.0.5, port: 104}",
     "cache: {directory: /var/cache/dicomproxy, max_size: 200GB}",
 )
-COMMENTED_KEY = re.compile(r"^( *)# ( *[a-z_]+:.*)$", re.MULTILINE)
+COMMENTED_KEY = re.compile(r"^( *)# ( *(?:- )?[a-z_]+:.*)$", re.MULTILINE)
 
 
 def uncommented(text: str) -> str:
     """Return *text* with every commented-out key in force."""
     return COMMENTED_KEY.sub(r"\1\2", text)
+
+
+def member_with(tree: Any, step: str) -> Any:
+    """Return what is under a key; of a list's members the first, if all have their own keys."""
+    if isinstance(tree, list):
+        tree = next(member for member in tree if step.removesuffix("[]") in member)
+    return tree[step.removesuffix("[]")]
 
 
 def yaml_blocks() -> list[tuple[str, str]]:
@@ -65,8 +73,8 @@ def test_example_shows_every_key_with_its_default() -> None:
 
     for key in walk():
         shown = tree
-        for step in re.findall(r"\w+|\[\]", key.path):
-            shown = shown[0] if step == "[]" else shown[step]
+        for step in re.findall(r"\w+(?:\[\])?", key.path):
+            shown = member_with(shown, step)
         if key.default not in (None, "[]"):
             assert (key.path, shown) == (key.path, key.default)
 
