@@ -26,6 +26,9 @@ from dicomproxy.logs import error_fields, get_logger
 from dicomproxy.ports import CrossReference, CrossReferenceError, Failure
 from dicomproxy.tasks import OwnerClosed, TaskOwner
 
+SEVERAL_IDS: Final = "several_ids"
+"""The reason of a cross-reference that knows several IDs in one domain, and is to give none."""
+
 _ATTEMPTS: Final = 3
 _MOST_LOOKUPS: Final = 256
 _MOST_FORGOTTEN: Final = 1_000
@@ -172,7 +175,12 @@ class Identities:
         patient = self.domains.canonical_id(patient)
         if self.domains.is_local(patient.domain):
             return patient
-        found = await self._lookup(_Question(source, patient, self.domains.local))
+        try:
+            found = await self._lookup(_Question(source, patient, self.domains.local))
+        except CrossReferenceError as error:
+            if error.reason == SEVERAL_IDS:
+                raise IdentityUnresolved("several_local_ids") from None
+            raise
         if len(found) != 1:
             raise IdentityUnresolved("several_local_ids" if found else "no_local_id")
         return found[0]
