@@ -1,10 +1,9 @@
 """Rewriting a data set's header without decoding the object. Pure.
 
-The top-level elements up to the last one of interest are stepped over, a few
-are decoded, and edits become patches: the new data set is a sequence of new
-bytes and of ranges of the original, with its size known before the first byte
-is sent. What nobody changes is copied as it is, pixels above all, whatever its
-transfer syntax, its order or its odd encoding.
+Edits of top-level elements become patches: the new data set is a sequence of
+new bytes and of ranges of the original, with its size known before the first
+byte is sent. What nobody changes is copied as it is, pixels above all, whatever
+its transfer syntax, its order or its odd encoding.
 
 Rules kept: a group length in a changed group is dropped, since it would be
 wrong; of an element that stands there several times, an edit leaves one. Memory
@@ -14,33 +13,19 @@ in use follows what is edited, not the object.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from struct import Struct
 from typing import Final, NamedTuple, Protocol
 
 from dicomproxy.dataset.header import (
     DEFLATED_EXPLICIT_VR_LITTLE_ENDIAN,
     EXPLICIT_VR_LITTLE_ENDIAN,
-    LONG_VRS,
-    SHORT_VRS,
 )
-from dicomproxy.dataset.identifier import Element, Identifier, IdentifierError, vr_of
-from dicomproxy.dataset.levels import SPECIFIC_CHARACTER_SET
+from dicomproxy.dataset.identifier import Element, Identifier
 from dicomproxy.dataset.splice_deflated import Inflated, deflate
+from dicomproxy.dataset.splice_scan import Header, scan
 from dicomproxy.dataset.splice_text import Patch, to_unicode
-from dicomproxy.dataset.splice_walk import (
-    MAX_ELEMENTS,
-    UNDEFINED,
-    Encoding,
-    Read,
-    SpliceError,
-    Window,
-    inner_encoding,
-    is_vr,
-    skip,
-    top_encoding,
-)
+from dicomproxy.dataset.splice_walk import Encoding, Read, SpliceError, Window
 
 __all__ = [
     "Copy",
@@ -48,10 +33,10 @@ __all__ = [
     "Edits",
     "Header",
     "Read",
+    "Rewriter",
     "Rewritten",
     "Splice",
     "SpliceError",
-    "rewrite",
     "scan",
     "splice",
 ]
@@ -60,263 +45,13 @@ Edits = Mapping[int, Element | None]
 """By tag the new element, in little endian as identifiers hold it, or None to remove it."""
 
 _LENGTH_TO_END: Final = 0x00080001
-_MAX_VALUE_BYTES: Final = 1024 * 1024
-_MAX_SEQUENCE_BYTES: Final = 16 * 1024 * 1024
 _MATERIALISED_BYTES: Final = 4 * 1024
 """A shorter range between two patches is copied at once, rather than read again when sent."""
 
 CHUNK_BYTES: Final = 256 * 1024
 
-_IMPLICIT: Final = {False: Struct("<HHL").unpack_from, True: Struct(">HHL").unpack_from}
-_EXPLICIT: Final = {False: Struct("<HH2sH").unpack_from, True: Struct(">HH2sH").unpack_from}
-_LONG: Final = {False: Struct("<L").unpack_from, True: Struct(">L").unpack_from}
-_BELIEVED: Final = (SHORT_VRS | LONG_VRS) - {b"UN"}
-_BEYOND: Final = 0xFFFFFFFE
-"""The length of an element whose length is cut off: more than there can be."""
-_SWAPPED: Final = frozenset({"US", "SS", "AT", "UL", "SL", "FL", "UV", "SV", "FD"})
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What has been seen of a data set.
-
-    Args:
-        encoding: how it is really written.
-        tags: of its top-level elements, in the order of the file.
-        starts: where each of them begins; it ends where the next one begins.
-        places: by tag its place in both; where a tag stands several times, the last.
-        end: where stepping over them ended; what follows is copied.
-        reach: the largest tag that would have been seen.
-        view: the elements that were asked for, decoded.
-    """
-
-    read: Read
-    size_bytes: int
-    encoding: Encoding
-    tags: Sequence[int]
-    starts: Sequence[int]
-    places: Mapping[int, int]
-    end: int
-    reach: int
-    ordered: bool
-    view: Identifier
-
-    def start(self, number: int) -> int:
-        """Return where the element of that place in the file begins, or where all end."""
-        return self.starts[number] if number < len(self.starts) else self.end
-
-    def numbers(self, tag: int) -> Sequence[int]:
-        """Return the places at which *tag* stands; several only where order is broken."""
-        if tag not in self.places:
-            return ()
-        if self.ordered:
-            return (self.places[tag],)
-        return [number for number, other in enumerate(self.tags) if other == tag]
-
-
-# -------------------------------------------------------------------- scanning
-
-
-def scan(
-    read: Read,
-    size_bytes: int,
-    transfer_syntax_uid: str,
-    wanted: Collection[int],
-    required: Collection[int] = (),
-) -> Header:
-    """Find the top-level elements of a data set, and decode those of *wanted*.
-
-    Stepping ends at the first value of undefined length behind the last wanted
-    tag, unless elements are out of order or one of *required* was not found
-    until there: then the whole data set is searched.
-
-    Args:
-        size_bytes: of the data set.
-        transfer_syntax_uid: not the deflated one; see :func:`rewrite`.
-        wanted: tags of which at least one is named.
-
-    Raises:
-        SpliceError: the bytes are no data set, or a wanted value is too long.
-    """
-    window = Window(read)
-    encoding = top_encoding(window, size_bytes, transfer_syntax_uid)
-    steps = _Steps(window, size_bytes, encoding, wanted, required)
-    steps.walk()
-    places = dict(zip(steps.tags, range(len(steps.tags)), strict=True))
-    view = _view(window, encoding, steps, places, wanted)
-    return Header(
-        read,
-        size_bytes,
-        encoding,
-        steps.tags,
-        steps.starts,
-        places,
-        steps.end,
-        0xFFFFFFFF if steps.end >= size_bytes else steps.limit,
-        steps.ordered,
-        view,
-    )
-
-
-class _Steps:
-    """From element to element, until nothing of interest can follow."""
-
-    def __init__(
-        self,
-        window: Window,
-        size_bytes: int,
-        encoding: Encoding,
-        wanted: Collection[int],
-        required: Collection[int],
-    ) -> None:
-        self._window = window
-        self._size_bytes = size_bytes
-        self._encoding = encoding
-        self._wanted = wanted
-        self._required = required
-        self.limit = max(wanted)
-        self.tags: list[int] = []
-        self.starts: list[int] = []
-        self.end = 0
-        self.ordered = True
-        self._passed = False
-        self._thorough = False
-
-    def walk(self) -> None:
-        # Most of what a splice costs is this loop, so heads are taken apart in place.
-        window, tags, starts, limit = self._window, self.tags, self.starts, self.limit
-        implicit, big_endian = self._encoding
-        unpack_implicit, unpack_explicit = _IMPLICIT[big_endian], _EXPLICIT[big_endian]
-        unpack_long, short_vrs = _LONG[big_endian], SHORT_VRS
-        base, data, at, last, vr = window.start, window.data, 0 - window.start, -1, b""
-        size = len(data)
-        while True:
-            if at + 12 > size:
-                if self._ends(base + at):
-                    return
-                at = window.at(base + at, min(12, self._size_bytes - base - at))
-                base, data, size = window.start, window.data, len(window.data)
-            start = base + at
-            if implicit:
-                group, number, length = unpack_implicit(data, at)
-                at += 8
-            else:
-                group, number, vr, length = unpack_explicit(data, at)
-                if vr in short_vrs:
-                    at += 8
-                elif not is_vr(vr):
-                    _, _, length = unpack_implicit(data, at)
-                    vr = b""
-                    at += 8
-                elif at + 12 <= size:
-                    (length,) = unpack_long(data, at + 8)
-                    at += 12
-                else:
-                    length, at = _BEYOND, at + 12
-            tag = group << 16 | number
-            if not last < tag <= limit and self._stops(tag, last, start, length):
-                return
-            tags.append(tag)
-            starts.append(start)
-            last = tag
-            if length != UNDEFINED or vr in short_vrs:
-                at += length
-                continue
-            position = self._behind(base + at, start, vr)
-            if position < 0:
-                return
-            base, data, size = window.start, window.data, len(window.data)
-            at = position - base
-
-    def _ends(self, position: int) -> bool:
-        """Tell whether no element begins at *position*."""
-        left = self._size_bytes - position
-        if left >= 8:
-            return False
-        self.end = position
-        if left < 0:
-            # The last element is cut off. Pixels may be, what is edited may not.
-            if not self._passed or self.tags[-1] in self._wanted:
-                raise SpliceError("truncated element")
-            self._drop_last()
-        elif left and not self._passed and any(self._window.bytes(position, left)):
-            raise SpliceError("truncated element")
-        return True
-
-    def _drop_last(self) -> None:
-        self.tags.pop()
-        self.end = self.starts.pop()
-
-    def _stops(self, tag: int, last: int, start: int, length: int) -> bool:
-        """Tell whether an element out of order or behind what is wanted ends the walk."""
-        if len(self.tags) > MAX_ELEMENTS:
-            raise SpliceError("too many elements")
-        self.end = start
-        if not tag or tag >> 16 == 0xFFFE:
-            if self._passed or (not tag and not length):
-                return True
-            raise SpliceError("not a data set")
-        if tag <= last:
-            self.ordered = False
-        if tag > self.limit:
-            if not self._passed:
-                self._passed = True
-                self._thorough = not set(self._required) <= set(self.tags)
-            if length == UNDEFINED and self.ordered and not self._thorough:
-                return True
-        return False
-
-    def _behind(self, value: int, start: int, vr: bytes) -> int:
-        """Return the position behind a value of undefined length, -1 if it does not end."""
-        try:
-            return skip(self._window, value, inner_encoding(vr, self._encoding))
-        except SpliceError:
-            if not self._passed or self.tags[-1] in self._wanted:
-                raise
-        self._drop_last()
-        return -1
-
-
-def _view(
-    window: Window,
-    encoding: Encoding,
-    steps: _Steps,
-    places: Mapping[int, int],
-    wanted: Collection[int],
-) -> Identifier:
-    """Decode the wanted elements; of several with one tag the last counts."""
-    decoded = []
-    charset = None
-    ends = [*steps.starts[1:], steps.end]
-    for number in sorted(places[tag] for tag in wanted if tag in places):
-        tag, start, end = steps.tags[number], steps.starts[number], ends[number]
-        _, code, value, length = window.head(start, encoding)
-        vr = code.decode("ascii") if code in _BELIEVED else vr_of(tag)
-        if vr != "SQ" and length != UNDEFINED and not (encoding.big_endian and vr in _SWAPPED):
-            if length > _MAX_VALUE_BYTES:
-                raise SpliceError("value too long")
-            element = Element(tag, vr, window.bytes(value, length))
-            if tag == SPECIFIC_CHARACTER_SET:
-                charset = element
-            else:
-                decoded.append(element)
-            continue
-        if end - start > _MAX_SEQUENCE_BYTES:
-            raise SpliceError("sequence too long")
-        try:
-            alone = Identifier.decode(
-                window.bytes(start, end - start), encoding.transfer_syntax_uid
-            )
-        except IdentifierError:
-            raise SpliceError("a sequence that cannot be read") from None
-        decoded.extend(alone)
-    view = Identifier(decoded)
-    if charset is not None:
-        view.put(charset)  # last, so that items inherit it
-    return view
-
-
-# -------------------------------------------------------------------- splicing
+_MOST_REMEMBERED: Final = 32
+_MOST_REMEMBERED_BYTES: Final = 32 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,15 +127,33 @@ def splice(header: Header, edits: Edits, *, unicode: bool = False) -> Splice:
 
     Args:
         unicode: convert every text that is not edited to ISO_IR 192 too, from the
-            character set that the header declares; the new Specific Character
-            Set is itself one of the edits.
+            character set that the header declares, which has to be among what
+            was read of it; the new one is itself one of the edits.
 
     Raises:
         SpliceError: a text that is to be converted cannot be read.
         ValueError: an edit of the file meta group, or of an element that is out of reach.
     """
+    terms = header.view().specific_character_set if unicode else None
+    return _splice(header, _encoded(edits, header.encoding), terms)
+
+
+def _encoded(edits: Edits, encoding: Encoding) -> dict[int, bytes]:
+    """Encode new elements, in the order of their tags; a removed one is nothing."""
+    uid = encoding.transfer_syntax_uid
+    encoded = {}
+    for tag in sorted(edits):
+        if tag < 0x00080000 or not tag & 0xFFFF:
+            raise ValueError("not an element of a data set")
+        element = edits[tag]
+        encoded[tag] = b"" if element is None else Identifier((element,)).encode(uid)
+    return encoded
+
+
+def _splice(header: Header, edits: Mapping[int, bytes], terms: tuple[str, ...] | None) -> Splice:
+    """Make encoded *edits*; with *terms* all other text becomes Unicode from those."""
     patches, changed = _patches(header, edits)
-    if unicode:
+    if terms is not None:
         texts, groups = to_unicode(
             Window(header.read),
             header.size_bytes,
@@ -411,7 +164,7 @@ def splice(header: Header, edits: Edits, *, unicode: bool = False) -> Splice:
                 if tag not in edits
             ],
             header.end,
-            header.view.specific_character_set,
+            terms,
         )
         patches += texts
         changed |= groups
@@ -432,18 +185,13 @@ def _start(patch: Patch) -> int:
     return patch.start
 
 
-def _patches(header: Header, edits: Edits) -> tuple[list[Patch], set[int]]:
-    uid = header.encoding.transfer_syntax_uid
+def _patches(header: Header, edits: Mapping[int, bytes]) -> tuple[list[Patch], set[int]]:
     patches: list[Patch] = []
     changed: set[int] = set()
-    for tag in sorted(edits):
-        if tag < 0x00080000 or not tag & 0xFFFF:
-            raise ValueError("not an element of a data set")
-        element = edits[tag]
+    for tag, new in edits.items():
         there = header.numbers(tag)
-        if not there and element is None:
+        if not there and not new:
             continue
-        new = b"" if element is None else Identifier((element,)).encode(uid)
         changed.add(tag >> 16)
         if not there:
             if header.ordered:
@@ -508,32 +256,61 @@ class _DeflatedSplice:
         return deflate(self._splice.chunks(), chunk_bytes)
 
 
-def rewrite(
-    read: Read,
-    size_bytes: int,
-    transfer_syntax_uid: str,
-    wanted: Collection[int],
-    decide: Callable[[Identifier], Decision],
-    required: Collection[int] = (),
-) -> Rewritten:
-    """Return the data set with the changes that *decide* makes of its header.
+class Rewriter:
+    """Rewrites data sets as a rule over their headers says.
 
-    A deflated data set is inflated and deflated again, piece by piece; that
-    takes time in proportion to its size, so do it in a thread.
+    What the rule says is remembered for headers that are equal in all that it is
+    shown, as those of a series mostly are.
 
     Args:
-        wanted: tags that *decide* is shown.
+        wanted: tags of the elements that *decide* is shown.
+        decide: the rule. It depends on nothing but its argument.
         required: as for :func:`scan`.
-
-    Raises:
-        SpliceError: the data set cannot be rewritten.
     """
-    deflated = transfer_syntax_uid == DEFLATED_EXPLICIT_VR_LITTLE_ENDIAN
-    if deflated:
-        inflated = Inflated(read)
-        read, size_bytes = inflated.read, inflated.size_bytes
-        transfer_syntax_uid = EXPLICIT_VR_LITTLE_ENDIAN
-    header = scan(read, size_bytes, transfer_syntax_uid, wanted, required)
-    edits, unicode = decide(header.view)
-    spliced = splice(header, edits, unicode=unicode)
-    return _DeflatedSplice(spliced) if deflated else spliced
+
+    def __init__(
+        self,
+        wanted: Collection[int],
+        decide: Callable[[Identifier], Decision],
+        required: Collection[int] = (),
+    ) -> None:
+        self._wanted = wanted if isinstance(wanted, frozenset) else frozenset(wanted)
+        self._decide = decide
+        self._required = required
+        self._remembered: dict[
+            tuple[Encoding, bytes], tuple[Mapping[int, bytes], tuple[str, ...] | None]
+        ] = {}
+
+    def rewrite(self, read: Read, size_bytes: int, transfer_syntax_uid: str) -> Rewritten:
+        """Return a data set with the changes that its header asks for.
+
+        What is needed of the original is read at once, the rest while chunks are
+        taken. A deflated data set is inflated and deflated again, piece by piece:
+        that takes time in proportion to its size.
+
+        Raises:
+            SpliceError: the data set cannot be rewritten.
+        """
+        deflated = transfer_syntax_uid == DEFLATED_EXPLICIT_VR_LITTLE_ENDIAN
+        if deflated:
+            inflated = Inflated(read)
+            read, size_bytes = inflated.read, inflated.size_bytes
+            transfer_syntax_uid = EXPLICIT_VR_LITTLE_ENDIAN
+        header = scan(read, size_bytes, transfer_syntax_uid, self._wanted, self._required)
+        spliced = _splice(header, *self._decided(header))
+        return _DeflatedSplice(spliced) if deflated else spliced
+
+    def _decided(self, header: Header) -> tuple[Mapping[int, bytes], tuple[str, ...] | None]:
+        # Elements say where they end, so that no two lists of them are the same bytes.
+        key = header.encoding, b"".join(header.raw)
+        known = self._remembered.get(key)
+        if known is None:
+            view = header.view()
+            edits, unicode = self._decide(view)
+            terms = view.specific_character_set if unicode else None
+            known = _encoded(edits, header.encoding), terms
+            if len(key[1]) <= _MOST_REMEMBERED_BYTES:
+                if len(self._remembered) >= _MOST_REMEMBERED:
+                    self._remembered.clear()
+                self._remembered[key] = known
+        return known

@@ -32,10 +32,10 @@ from dicomproxy.dataset.splice import (
     Decision,
     Edits,
     Header,
+    Rewriter,
     Rewritten,
     Splice,
     SpliceError,
-    rewrite,
     scan,
     splice,
 )
@@ -126,8 +126,8 @@ def edits_of(new: Dataset, removed: tuple[int, ...] = ()) -> dict[int, Element |
 
 
 def spliced(data: bytes, syntax: str, edits: Edits, *, unicode: bool = False) -> bytes:
-    made = rewrite(reading(data), len(data), syntax, WANTED, lambda _: Decision(edits, unicode))
-    return whole(made)
+    rewriter = Rewriter(WANTED, lambda _: Decision(edits, unicode))
+    return whole(rewriter.rewrite(reading(data), len(data), syntax))
 
 
 def whole(made: Rewritten) -> bytes:
@@ -310,14 +310,8 @@ def test_an_element_behind_the_pixels_is_found_when_it_was_not_before() -> None:
     pixels = explicit(0x7FE00010, b"OB", fragments + end, 0xFFFFFFFF)
     data = MODALITY + pixels + PATIENT
 
-    made = rewrite(
-        reading(data),
-        len(data),
-        "1.2.840.10008.1.2.4.50",
-        WANTED,
-        lambda _: Decision(NEW_ID),
-        required=(0x00100020,),
-    )
+    rewriter = Rewriter(WANTED, lambda _: Decision(NEW_ID), required=(0x00100020,))
+    made = rewriter.rewrite(reading(data), len(data), "1.2.840.10008.1.2.4.50")
 
     assert whole(made) == MODALITY + pixels + NEW_PATIENT
 
@@ -372,11 +366,37 @@ def test_a_view_shows_what_was_asked_for_and_no_more() -> None:
     for syntax in UNCOMPRESSED:
         dataset.file_meta.TransferSyntaxUID = pydicom.uid.UID(syntax)
         data = data_set_bytes(dataset)
-        views.append(header_of(data, syntax).view)
+        views.append(header_of(data, syntax).view())
 
     assert views[0] == views[1] == views[2]
     assert {element.tag for element in views[0]} == WANTED - {0x00400275, 0x04000561}
     assert views[0].items(0x00101002)[0].text(0x00100020) == "Äther"
+
+
+def test_a_decision_is_made_once_for_equal_headers() -> None:
+    """What the rule is not shown does not matter, what it is shown and the encoding do."""
+    asked = []
+
+    def decide(view: Identifier) -> Decision:
+        asked.append(view)
+        value = view.text(0x00100020).encode() + b"X"
+        return Decision({0x00100020: Element(0x00100020, "LO", value)})
+
+    rewriter = Rewriter(WANTED, decide)
+    results = []
+    for patient_id, number in (("A", 1), ("A", 2), ("B", 1), ("A", 3)):
+        dataset = instance(number, PatientID=patient_id, rows=4, columns=4)
+        for syntax in UNCOMPRESSED:
+            dataset.file_meta.TransferSyntaxUID = pydicom.uid.UID(syntax)
+            data = data_set_bytes(dataset)
+            made = Identifier.decode(
+                whole(rewriter.rewrite(reading(data), len(data), syntax)), syntax
+            )
+            results.append((made.text(0x00100020), made.text(0x00200013)))
+
+    assert results[::3] == [("AX", "1"), ("AX", "2"), ("BX", "1"), ("AX", "3")]
+    assert results[::3] == results[1::3] == results[2::3]
+    assert len(asked) == 6
 
 
 # ------------------------------------------------------------------ size and bounds
@@ -475,13 +495,8 @@ def test_a_deflated_data_set_is_inflated_spliced_and_deflated() -> None:
     data = MODALITY + PATIENT + explicit(0x7FE00010, b"OW", noise)
     held = Counted(deflated(data))
 
-    made = rewrite(
-        held,
-        len(held._data),
-        DEFLATED_EXPLICIT_VR_LITTLE_ENDIAN,
-        WANTED,
-        lambda _: Decision(NEW_ID),
-    )
+    rewriter = Rewriter(WANTED, lambda _: Decision(NEW_ID))
+    made = rewriter.rewrite(held, len(held._data), DEFLATED_EXPLICIT_VR_LITTLE_ENDIAN)
     result = whole(made)
 
     assert zlib.decompress(result, -zlib.MAX_WBITS) == data.replace(PATIENT, NEW_PATIENT)

@@ -1,0 +1,121 @@
+"""A site's own rules: what else becomes of the attributes of a source's objects. Pure.
+
+A rule changes one top-level attribute that is written as text. Rules are
+followed in their order, each seeing what those before it left. What identifies
+a patient or an object is none of their business: see :func:`may_be_changed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Final
+
+from dicomproxy.dataset.attributes import LONGEST
+from dicomproxy.dataset.identifier import Identifier
+
+_NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
+
+
+class Action(StrEnum):
+    """What a rule does to its attribute."""
+
+    SET = "set"  # gives it a value, also where it is absent
+    COPY = "copy"  # gives it the value of another one, if that has any
+    PREFIX = "prefix"  # puts a text before its value, if it has any
+    MAP = "map"  # replaces the values that are in a table
+    REMOVE = "remove"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule.
+
+    Args:
+        tag: the attribute.
+        vr: its VR.
+        value: of ``set`` and ``prefix``; several values with a backslash between them.
+        other: the tag from which ``copy`` takes.
+        table: of ``map``, from a whole value to another one.
+        modalities: objects of which it is for; none for all. An answer that names
+            several modalities is meant if any of them is.
+        destinations: AE titles that it is for; none for all.
+    """
+
+    action: Action
+    tag: int
+    vr: str
+    value: str = ""
+    other: int = 0
+    table: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
+    modalities: frozenset[str] = frozenset()
+    destinations: frozenset[str] = frozenset()
+
+    def concerns(self, modalities: Collection[str], destination: str) -> bool:
+        """Tell whether it is for objects of those modalities, sent to *destination*."""
+        return (not self.modalities or not self.modalities.isdisjoint(modalities)) and (
+            not self.destinations or destination in self.destinations
+        )
+
+    def apply(self, work: Identifier) -> None:
+        """Change *work*.
+
+        Raises:
+            CannotEncode: a character does not fit into its character set.
+        """
+        if self.action is Action.REMOVE:
+            work.remove(self.tag)
+            return
+        values = work.values(self.tag)
+        match self.action:
+            case Action.SET:
+                new = tuple(self.value.split("\\")) if self.value else ()
+            case Action.COPY:
+                new = work.values(self.other) or values
+            case Action.PREFIX:
+                new = tuple(prefixed(self.value, value, self.vr) for value in values)
+            case _:
+                new = tuple(self.table.get(value, value) for value in values)
+        if new == values:
+            return
+        longest = LONGEST[self.vr]
+        work.set_text(self.tag, [value[:longest] for value in new], self.vr)
+
+
+def prefixed(prefix: str, value: str, vr: str) -> str:
+    """Return *value* behind *prefix*, once, and cut at what *vr* holds."""
+    marked = value if value.startswith(prefix) else prefix + value
+    return marked[: LONGEST[vr]].rstrip()
+
+
+_FIXED: Final = frozenset(
+    {
+        0x00080005,  # Specific Character Set
+        0x00080015,  # Instance Coercion DateTime
+        0x00080050,  # Accession Number
+        0x00080051,  # its issuer
+        0x00080052,  # Query/Retrieve Level
+        0x00080054,  # Retrieve AE Title
+        0x00080056,  # Instance Availability
+        0x00100010,  # Patient's Name
+        0x00100020,  # Patient ID
+        0x00100021,  # its issuer
+        0x00100022,  # its type
+        0x00100024,  # its issuer's qualifiers
+        0x00100030,  # Patient's Birth Date
+        0x00100040,  # Patient's Sex
+        0x00101000,  # Other Patient IDs
+        0x00101002,  # Other Patient IDs Sequence
+    }
+)
+_GROUPS: Final = frozenset({0x0008, 0x0010, 0x0018, 0x0020, 0x0032, 0x0038, 0x0040})
+
+
+def may_be_changed(tag: int, vr: str) -> bool:
+    """Tell whether a rule may change the attribute.
+
+    Identity, UIDs, what describes pixels, and the record of changes are not for rules.
+    """
+    return tag >> 16 in _GROUPS and tag not in _FIXED and vr in LONGEST

@@ -1,0 +1,46 @@
+"""Small changes to a data set that leave alone what says the same already. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from dicomproxy.dataset.identifier import Element, Identifier, vr_of
+from dicomproxy.dataset.patient import Domain
+
+LOCAL_NAMESPACE_ENTITY_ID: Final = 0x00400031
+UNIVERSAL_ENTITY_ID: Final = 0x00400032
+UNIVERSAL_ENTITY_ID_TYPE: Final = 0x00400033
+
+
+def put(work: Identifier, tag: int, text: str) -> None:
+    """Give an attribute one value, or none; one that is absent does not become empty.
+
+    Raises:
+        CannotEncode: a character does not fit.
+    """
+    if not text:
+        if not work.is_empty(tag):
+            work.put(Element(tag, vr_of(tag), b""))
+    elif work.values(tag) != (text,):
+        work.set_text(tag, text, vr_of(tag))
+
+
+def put_items(work: Identifier, tag: int, items: Sequence[Identifier]) -> None:
+    """Give a sequence its items; without any it is removed."""
+    if not items:
+        work.remove(tag)
+    elif list(work.items(tag)) != list(items):
+        work.set_items(tag, items)
+
+
+def item_within(work: Identifier) -> Identifier:
+    """Return a new item that is written in the character set of *work*."""
+    return Identifier(inherited=work.specific_character_set)
+
+
+def universal(item: Identifier, domain: Domain) -> None:
+    """Write the universal ID of *domain* into an item (PS3.3 10.14, 10.17)."""
+    put(item, UNIVERSAL_ENTITY_ID, domain.universal_id)
+    if domain.universal_id:
+        put(item, UNIVERSAL_ENTITY_ID_TYPE, domain.universal_id_type or "ISO")
