@@ -51,8 +51,9 @@ class Journal:
         # Number to offset and length of its line; the messages themselves stay on disk.
         self._waiting: dict[int, tuple[int, int]] = {}
 
-    def __len__(self) -> int:
-        """Count the messages that wait."""
+    @property
+    def count(self) -> int:
+        """How many messages wait."""
         return len(self._waiting)
 
     def open(self) -> list[int]:

@@ -10,6 +10,7 @@ MLLP closes it at once.
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
@@ -18,7 +19,7 @@ from typing import Final
 from dicomproxy.hl7.errors import FrameError, MalformedMessage
 from dicomproxy.hl7.framing import FrameReader, frame
 from dicomproxy.logs import bound_context, error_fields, get_logger
-from dicomproxy.tasks import OwnerClosed, TaskOwner
+from dicomproxy.tasks import TaskOwner
 
 Network = IPv4Network | IPv6Network
 
@@ -27,6 +28,7 @@ Receive = Callable[[bytes], Awaitable[bytes]]
 
 _BACKLOG: Final = 64
 _READ_BYTES: Final = 64 * 1024
+_ACCEPT_PAUSE_SECONDS: Final = 1.0
 
 _log = get_logger()
 
@@ -69,8 +71,9 @@ class MllpListener:
         self._frame_seconds = frame_seconds
         self._answer_seconds = answer_seconds
         self._idle_seconds = idle_seconds
+        self._accepting = TaskOwner("mllp-accept")
         self._tasks = TaskOwner("mllp")
-        self._server: asyncio.Server | None = None
+        self._sockets: list[socket.socket] = []
 
     def __repr__(self) -> str:
         return f"<MllpListener {len(self._tasks)} connections>"
@@ -81,38 +84,48 @@ class MllpListener:
         Raises:
             OSError: the address cannot be bound.
         """
-        self._server = await asyncio.start_server(
-            self._connected, host or None, port, backlog=_BACKLOG, reuse_address=True
-        )
-        bound: int = self._server.sockets[0].getsockname()[1]
+        self._sockets = await _bound(host, port)
+        for listening in self._sockets:
+            self._accepting.spawn(self._accept(listening), name="accept")
+        bound: int = self._sockets[0].getsockname()[1]
         _log.info("mllp_listening", host=host, port=bound)
         return bound
 
     async def close(self) -> None:
         """Stop listening and end every connection; what is unanswered is sent again by its peer."""
-        server, self._server = self._server, None
-        if server is not None:
-            server.close()
+        await self._accepting.close()
+        for listening in self._sockets:
+            listening.close()
+        self._sockets.clear()
         await self._tasks.close()
 
     # --------------------------------------------------------------- internals
 
-    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        transport = writer.transport
-        peer = transport.get_extra_info("peername")
-        address = str(peer[0]) if isinstance(peer, tuple) else ""
-        reason = self._refusal(address)
-        if reason:
-            _log.warning("mllp_connection_refused", peer_address=address, reason=reason)
-            transport.abort()
-            return
-        # Nothing may be read before TLS has taken over.
-        if self._tls is not None:
-            transport.pause_reading()  # type: ignore[attr-defined]
-        try:
-            self._tasks.spawn(self._serve(reader, writer, address), name=address)
-        except OwnerClosed:
-            transport.abort()
+    async def _accept(self, listening: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                accepted, peer = await loop.sock_accept(listening)
+            except OSError as error:  # no descriptor left, or the caller is gone already
+                _log.error("mllp_accept_failed", **error_fields(error))
+                await asyncio.sleep(_ACCEPT_PAUSE_SECONDS)
+                continue
+            address = str(peer[0])
+            if reason := self._refusal(address):
+                _log.warning("mllp_connection_refused", peer_address=address, reason=reason)
+                accepted.close()
+                continue
+            self._spawn(accepted, address)
+
+    def _spawn(self, accepted: socket.socket, address: str) -> None:
+        unserved = [accepted]
+
+        def ended(_: object) -> None:
+            # A task that is cancelled before its first step closes nothing itself.
+            for one in unserved:
+                one.close()
+
+        self._tasks.spawn(self._serve(unserved, address), name=address).add_done_callback(ended)
 
     def _refusal(self, address: str) -> str:
         if len(self._tasks) >= self._max_connections:
@@ -121,14 +134,12 @@ class MllpListener:
             return "address"
         return ""
 
-    async def _serve(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, address: str
-    ) -> None:
+    async def _serve(self, unserved: list[socket.socket], address: str) -> None:
         with bound_context(peer_address=address):
             reason = ""
+            writer: asyncio.StreamWriter | None = None
             try:
-                if self._tls is not None:
-                    await self._secure(writer, self._tls)
+                reader, writer = await self._opened(unserved.pop())
                 reason = await self._converse(reader, writer)
             except FrameError as error:
                 reason = error.reason
@@ -145,13 +156,22 @@ class MllpListener:
                 reason = "crashed"
                 _log.error("mllp_connection_crashed", **error_fields(error))
             finally:
-                writer.transport.abort()
+                if writer is not None:
+                    writer.transport.abort()
             if reason:
                 _log.warning("mllp_connection_closed", reason=reason)
 
-    async def _secure(self, writer: asyncio.StreamWriter, context: ssl.SSLContext) -> None:
+    async def _opened(
+        self, accepted: socket.socket
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=_READ_BYTES)
+        protocol = asyncio.StreamReaderProtocol(reader)
         async with asyncio.timeout(self._handshake_seconds):
-            await writer.start_tls(context)
+            transport, _ = await loop.connect_accepted_socket(
+                lambda: protocol, accepted, ssl=self._tls
+            )
+        return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
         """Answer messages until the caller is done; return a reason if that was no proper end."""
@@ -187,6 +207,29 @@ class MllpListener:
                 frames.feed(data)
                 content = frames.next()
         return content
+
+
+async def _bound(host: str, port: int) -> list[socket.socket]:
+    """Return a listening socket for each address of *host*; empty for every interface."""
+    found = await asyncio.get_running_loop().getaddrinfo(
+        host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    made: list[socket.socket] = []
+    try:
+        for family, kind, protocol, _, address in dict.fromkeys(found):
+            listening = socket.socket(family, kind, protocol)
+            made.append(listening)
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listening.bind(address)
+            listening.listen(_BACKLOG)
+            listening.setblocking(False)
+    except OSError:
+        for listening in made:
+            listening.close()
+        raise
+    return made
 
 
 def _within(address: str, networks: tuple[Network, ...]) -> bool:
