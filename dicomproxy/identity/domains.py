@@ -95,7 +95,8 @@ class Domains:
         """Return the domain of the source *name*, or whose namespace or universal ID that is."""
         if name == LOCAL or name in self._names:
             return self.of(name)
-        return next((one for one in self if name in (one.namespace, one.universal_id)), None)
+        names = ((one, (one.namespace, one.universal_id)) for one in self)
+        return next((one for one, known in names if name and name in known), None)
 
     def shares_local(self, source: str) -> bool:
         """Tell whether IDs of *source* are local IDs."""
