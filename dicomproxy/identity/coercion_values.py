@@ -30,8 +30,25 @@ def put_items(work: Identifier, tag: int, items: Sequence[Identifier]) -> None:
     """Give a sequence its items; without any it is removed."""
     if not items:
         work.remove(tag)
-    elif list(work.items(tag)) != list(items):
+    elif not same_items(work.items(tag), items):
         work.set_items(tag, items)
+
+
+def same_items(some: Sequence[Identifier], others: Sequence[Identifier]) -> bool:
+    """Tell whether two sequences say the same; padding and order of writing say nothing."""
+    return len(some) == len(others) and all(map(_same, some, others))
+
+
+def _same(one: Identifier, other: Identifier) -> bool:
+    if one == other:
+        return True
+    return [element.tag for element in one] == [element.tag for element in other] and all(
+        same_items(one.items(tag), other.items(tag))
+        if isinstance(element.value, tuple)
+        else one.values(tag) == other.values(tag) != () or one.element(tag) == other.element(tag)
+        for element in one
+        for tag in (element.tag,)
+    )
 
 
 def item_within(work: Identifier) -> Identifier:
