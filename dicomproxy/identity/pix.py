@@ -190,7 +190,7 @@ def _ids(answer: Message, domain: Domain) -> tuple[PatientId, ...]:
 
 def _none(answer: Message) -> tuple[PatientId, ...]:
     """Return no IDs, unless the answer contradicts itself."""
-    if answer.repetitions("PID", 3) and answer.get("PID", 3):
+    if any(answer.get("PID", 3, repetition=one) for one in answer.repetitions("PID", 3)):
         raise CrossReferenceError(Failure.PROTOCOL, "contradictory_answer")
     return ()
 

@@ -14,7 +14,6 @@ import asyncio
 import json
 import re
 import ssl
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -198,7 +197,7 @@ def _read_answer(status: int, body: bytes, target: str) -> tuple[str, ...]:
     issues = _issues(body)
     if status == 404 and issues and all(_unknown_id(issue) for issue in issues):
         return ()
-    if any(issue.get("code") == "code-invalid" for issue in issues) and status in (400, 403, 404):
+    if status in (400, 403, 404) and any(map(_unknown_domain, issues)):
         raise CrossReferenceError(Failure.STATUS, "unknown_domain")
     raise CrossReferenceError(Failure.STATUS, f"http_{status}")
 
@@ -259,16 +258,21 @@ def _unknown_id(issue: dict[str, Any]) -> bool:
     operation finds no resource of this name. The text is prescribed: "sourceIdentifier
     Patient Identifier not found".
     """
-    text = " ".join(_texts(issue)).lower()
-    about_domain = "authority" in text or "targetsystem" in text
-    return issue.get("code") == "not-found" and "identifier" in text and not about_domain
+    text = _text(issue)
+    return issue.get("code") == "not-found" and "identifier" in text and not _of_domain(text)
 
 
-def _texts(issue: dict[str, Any]) -> Iterator[str]:
+def _unknown_domain(issue: dict[str, Any]) -> bool:
+    """Tell whether an issue says that one of the two domains is not known."""
+    code = issue.get("code")
+    return code == "code-invalid" or (code == "not-found" and _of_domain(_text(issue)))
+
+
+def _of_domain(text: str) -> bool:
+    return "assigning authority" in text or "targetsystem" in text
+
+
+def _text(issue: dict[str, Any]) -> str:
     details = issue.get("details")
-    for text in (
-        issue.get("diagnostics"),
-        details.get("text") if isinstance(details, dict) else None,
-    ):
-        if isinstance(text, str):
-            yield text
+    texts = (issue.get("diagnostics"), details.get("text") if isinstance(details, dict) else None)
+    return " ".join(text for text in texts if isinstance(text, str)).lower()

@@ -1,0 +1,179 @@
+"""Merge and update notices, from the message to whoever remembers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dicomproxy.dataset.patient import Domain, PatientId
+from dicomproxy.hl7.client import MllpClient
+from dicomproxy.hl7.errors import Refusal
+from dicomproxy.hl7.inbox import Inbox
+from dicomproxy.hl7.journal import Journal
+from dicomproxy.hl7.listener import MllpListener
+from dicomproxy.hl7.message import parse
+from dicomproxy.identity.notices import IdentityNotice, IdentityNotices
+from tests.sentinel import PATIENT_ID, PATIENT_NAME
+from tests.support.log_watch import LogWatch
+
+HERE, NORTH = Domain("HERE", "1.2.1", "ISO"), Domain("NORTH", "1.2.2", "ISO")
+A, B, C = PatientId("A", HERE), PatientId("B", HERE), PatientId("C", HERE)
+N, M = PatientId("N", NORTH), PatientId("M", NORTH)
+
+
+def cx(*ids: PatientId) -> str:
+    return "~".join(
+        f"{one.value}^^^{one.domain.namespace}&{one.domain.universal_id}&ISO^PI" for one in ids
+    )
+
+
+def a40(*groups: tuple[str, str], control_id: str = "M1", version: str = "2.3.1") -> bytes:
+    lines = [
+        f"MSH|^~\\&|ADT|HOSP|US|HOSP|2024||ADT^A40^ADT_A39|{control_id}|P|{version}",
+        "EVN|A40|20240506",
+    ]
+    for surviving, old in groups:
+        lines += [f"PID|||{surviving}||{PATIENT_NAME}||19010203|M", "PD1|", f"MRG|{old}"]
+    return "".join(f"{line}\r" for line in lines).encode()
+
+
+def a31(ids: str, control_id: str = "M1") -> bytes:
+    """Return an update notification, as ITI-10 has it."""
+    return (
+        f"MSH|^~\\&|PIX|REGION|US|HOSP|2024||ADT^A31^ADT_A05|{control_id}|P|2.5\r"
+        f"EVN||20240506\rPID|||{ids}||^^^^^^S\rPV1||N\r"
+    ).encode()
+
+
+class Taker:
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.notices: list[IdentityNotice] = []
+
+    async def __call__(self, notice: IdentityNotice) -> None:
+        self.notices.append(notice)
+
+
+async def notices(content: bytes, default: Domain = HERE) -> list[IdentityNotice]:
+    taker = Taker()
+    made = IdentityNotices(taker, default=default)
+    message = parse(content)
+    made.check(message)
+    await made.handle(message)
+    return taker.notices
+
+
+async def test_a_merge_names_who_went_and_who_stays() -> None:
+    """MRG-1 is the old ID, PID-3 the surviving one; other IDs of the person are named too."""
+    assert await notices(a40((cx(A, N), cx(B)))) == [IdentityNotice(B, A, (B, A, N))]
+
+
+async def test_the_surviving_id_is_of_the_old_ones_domain() -> None:
+    """Whatever the order of PID-3; the first one where none is."""
+    assert await notices(a40((cx(N, A), cx(B)))) == [IdentityNotice(B, A, (B, N, A))]
+    assert await notices(a40((cx(A), cx(N)))) == [IdentityNotice(N, A, (N, A))]
+
+
+async def test_several_merges_come_one_by_one() -> None:
+    """Several old IDs in one segment, and several persons in one message."""
+    assert await notices(a40((cx(A, N), cx(B, M)), (cx(C), cx(A)))) == [
+        IdentityNotice(B, A, (B, M, A, N)),
+        IdentityNotice(M, N, (B, M, A, N)),
+        IdentityNotice(A, C, (A, C)),
+    ]
+
+
+async def test_an_update_names_every_id_of_the_person() -> None:
+    """Nobody went; what is remembered of any of them is out of date."""
+    assert await notices(a31(cx(A, N))) == [IdentityNotice(None, None, (A, N))]
+
+
+async def test_ids_without_a_domain_are_the_feeds_own() -> None:
+    """A hospital's own feed names no authority as a rule."""
+    assert await notices(a40(("A^^^^MR", "B"))) == [IdentityNotice(B, A, (B, A))]
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "location"),
+    [
+        (a40(("", cx(B))), 101, "PID^1^3"),
+        (a40((cx(A), "")), 101, "MRG^1^1"),
+        (a40((cx(A), '""')), 101, "MRG^1^1"),
+        (a40((cx(A), cx(B)), (cx(C), "")), 101, "MRG^2^1"),
+        (a40(), 101, "PID^1^3"),
+        (a40((cx(A), cx(B))).replace(b"MRG", b"ZZZ"), 101, "MRG^1^1"),
+        (a40((cx(A), cx(B))).replace(b"PID", b"ZZZ"), 101, "PID^1^3"),
+        (a40((cx(A), "B\\XFF\\")), 102, "MRG^1^1"),
+        (a40(("A\\XFF\\", cx(B))), 102, "PID^1^3"),
+        (a40((cx(A), "~".join(f"B{n}" for n in range(600)))), 102, "MRG^1^1"),
+        (a40(*[(cx(A), cx(B))] * 600), 102, "MRG^1^1"),
+        (a31(""), 101, "PID^1^3"),
+        (a31("^^^HERE"), 101, "PID^1^3"),
+        (a31(cx(A)).replace(b"PID", b"ZZZ"), 101, "PID^1^3"),
+    ],
+)
+async def test_a_notice_about_nobody_is_refused(content: bytes, code: int, location: str) -> None:
+    """Its sender learns what is missing and where; none of it is handled."""
+    with pytest.raises(Refusal) as caught:
+        await notices(content)
+    assert (caught.value.code, caught.value.location) == (code, location)
+    assert not caught.value.permanent
+
+
+async def test_notices_go_all_the_way(tmp_path: Path, log_watch: LogWatch) -> None:
+    """Sent over MLLP, acknowledged, and told in the order sent; refused ones are not told."""
+    taker = Taker()
+    inbox = Inbox(Journal(tmp_path / "journal"))
+    IdentityNotices(taker).subscribe_to(inbox)
+    await inbox.start()
+    listener = MllpListener(inbox.receive)
+    client = MllpClient("127.0.0.1", await listener.start("127.0.0.1", 0))
+    sentinel = PatientId(PATIENT_ID, HERE)
+    acknowledged = []
+    for content in (
+        a40((cx(A), cx(sentinel)), control_id="M1"),
+        a40((cx(A), ""), control_id="M2", version="2.5"),
+        a31(cx(sentinel, N), "M3"),
+        a31(cx(A), "M4").replace(b"A31", b"A08"),
+    ):
+        answer = parse(await client.exchange(content, bytes))
+        acknowledged.append([answer.get("MSA", 1), answer.get("MSA", 2), answer.get("ERR", 3)])
+    await inbox.wait_idle()
+    assert acknowledged == [
+        ["AA", "M1", ""],
+        ["AE", "M2", "101"],
+        ["AA", "M3", ""],
+        ["AR", "M4", "201"],
+    ]
+    assert taker.notices == [
+        IdentityNotice(sentinel, A, (sentinel, A)),
+        IdentityNotice(None, None, (sentinel, N)),
+    ]
+    await client.close()
+    await listener.close()
+    await inbox.close()
+    assert "ADT^A40" in log_watch.text
+
+
+async def test_a_notice_that_nobody_took_is_told_after_a_restart(tmp_path: Path) -> None:
+    """What was acknowledged is not forgotten with the process."""
+    path = tmp_path / "journal"
+
+    async def fails(notice: IdentityNotice) -> None:
+        raise LookupError
+
+    inbox = Inbox(Journal(path), attempts=1)
+    IdentityNotices(fails).subscribe_to(inbox)
+    await inbox.start()
+    assert b"MSA|AA|" in await inbox.receive(a40((cx(A), cx(B))))
+    await inbox.wait_idle()
+    await inbox.close()
+    taker = Taker()
+    inbox = Inbox(Journal(path))
+    IdentityNotices(taker).subscribe_to(inbox)
+    await inbox.start()
+    await inbox.wait_idle()
+    assert taker.notices == [IdentityNotice(B, A, (B, A))]
+    await inbox.close()
