@@ -23,6 +23,7 @@ from dicomproxy.dataset.identifier import CannotEncode, Element, Identifier
 from dicomproxy.dataset.levels import SPECIFIC_CHARACTER_SET
 from dicomproxy.dataset.patient import Domain, PatientId
 from dicomproxy.dataset.splice import Decision, Rewriter
+from dicomproxy.identity.accession import Shown
 from dicomproxy.identity.coercion_patient import (
     PATIENT_TAGS,
     make_patient_local,
@@ -31,7 +32,6 @@ from dicomproxy.identity.coercion_record import RECORD_TAGS, record
 from dicomproxy.identity.coercion_request import (
     REQUEST_TAGS,
     Code,
-    LocalAccession,
     accession_numbers,
     make_requests_local,
     map_codes,
@@ -46,7 +46,6 @@ __all__ = [
     "Code",
     "Coercer",
     "CoercionSettings",
-    "LocalAccession",
     "LocalPatient",
     "Rule",
     "accession_numbers",
@@ -118,7 +117,7 @@ def coerce(
     view: Identifier,
     patient: LocalPatient | None,
     settings: CoercionSettings,
-    accessions: Mapping[str, LocalAccession] | None,
+    accessions: Mapping[str, Shown] | None,
     at: datetime,
     destination: str = "",
 ) -> Decision:
@@ -127,9 +126,10 @@ def coerce(
     Args:
         view: the elements of :attr:`CoercionSettings.tags` that the object has.
         patient: who the patient is here; None leaves the patient as they are.
-        accessions: local accession numbers by the foreign ones that
+        accessions: what to show for each foreign accession number that
             :func:`accession_numbers` finds; one without an entry is emptied. None
-            keeps accession numbers and the identifiers of requests.
+            keeps accession numbers and the identifiers of requests, for a source
+            whose orders are those of this site.
         at: when; recorded, with a time zone.
         destination: AE title to which the object goes, for rules about it.
 
@@ -160,7 +160,7 @@ def coerce_answer(
     row: Identifier,
     patient: LocalPatient | None,
     settings: CoercionSettings,
-    accessions: Mapping[str, LocalAccession] | None,
+    accessions: Mapping[str, Shown] | None,
     destination: str = "",
 ) -> Identifier:
     """Return an answer to a query as the object would say it once it is coerced.
@@ -200,7 +200,7 @@ class Coercer(Rewriter):
         self,
         patient: LocalPatient | None,
         settings: CoercionSettings,
-        accessions: Mapping[str, LocalAccession] | None,
+        accessions: Mapping[str, Shown] | None,
         at: datetime,
         destination: str = "",
     ) -> None:
@@ -217,7 +217,7 @@ def _coerced(
     view: Identifier,
     patient: LocalPatient | None,
     settings: CoercionSettings,
-    accessions: Mapping[str, LocalAccession] | None,
+    accessions: Mapping[str, Shown] | None,
     destination: str,
 ) -> Identifier:
     work = view.copy()

@@ -10,18 +10,12 @@ local name where the site gives one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from dicomproxy.dataset.identifier import Identifier
 from dicomproxy.dataset.patient import Domain
-from dicomproxy.identity.coercion_values import (
-    LOCAL_NAMESPACE_ENTITY_ID,
-    item_within,
-    put,
-    put_items,
-    universal,
-)
+from dicomproxy.identity.accession import Shown, issuer_items
+from dicomproxy.identity.coercion_values import put, put_items
 from dicomproxy.identity.domains import accession_issuer_of
 
 _ACCESSION_NUMBER: Final = 0x00080050
@@ -64,23 +58,14 @@ class Code(NamedTuple):
     meaning: str
 
 
-@dataclass(frozen=True, slots=True)
-class LocalAccession:
-    """An accession number as it is shown here, with its issuer; no number for an emptied one."""
-
-    value: str
-    issuer: Domain = Domain()  # noqa: RUF009  (frozen)
-
-    def __repr__(self) -> str:
-        # Values stay out: a representation may end in a log.
-        return "<LocalAccession>"
-
-
-_EMPTY: Final = LocalAccession("")
+_EMPTY: Final = Shown("")
 
 
 def accession_numbers(view: Identifier) -> dict[str, Domain]:
-    """Return every accession number that an object or an answer names, with its issuer."""
+    """Return every accession number that an object or an answer names, with its issuer.
+
+    At the top, in Request Attributes Sequence and in Referenced Request Sequence.
+    """
     found: dict[str, Domain] = {}
     for holder in _holders(view):
         number = holder.text(_ACCESSION_NUMBER)
@@ -97,7 +82,7 @@ def _holders(view: Identifier) -> Iterator[Identifier]:
         yield from view.items(tag)
 
 
-def make_requests_local(work: Identifier, accessions: Mapping[str, LocalAccession]) -> None:
+def make_requests_local(work: Identifier, accessions: Mapping[str, Shown]) -> None:
     """Replace accession numbers, and take away the other identifiers of requests.
 
     Raises:
@@ -119,21 +104,16 @@ def make_requests_local(work: Identifier, accessions: Mapping[str, LocalAccessio
     _each_item(work, _REFERENCED_REQUESTS, referenced)
 
 
-def _accession(holder: Identifier, accessions: Mapping[str, LocalAccession]) -> None:
+def _accession(holder: Identifier, accessions: Mapping[str, Shown]) -> None:
     number = holder.text(_ACCESSION_NUMBER)
     if not number:
         return
     local = accessions.get(number, _EMPTY)
-    if local.value == number and not local.issuer.is_named:
+    if local.number == number and not local.issuer.is_named:
         return
-    put(holder, _ACCESSION_NUMBER, local.value)
-    issuers = []
-    if local.value and local.issuer.is_named:
-        issuer = item_within(holder)
-        put(issuer, LOCAL_NAMESPACE_ENTITY_ID, local.issuer.namespace)
-        universal(issuer, local.issuer)
-        issuers.append(issuer)
-    put_items(holder, _ACCESSION_ISSUER, issuers)
+    put(holder, _ACCESSION_NUMBER, local.number)
+    issuer = local.issuer if local.number else Domain()
+    put_items(holder, _ACCESSION_ISSUER, issuer_items(issuer, holder.specific_character_set))
 
 
 def _forget(holder: Identifier, removed: tuple[int, ...], emptied: tuple[int, ...]) -> None:

@@ -2,7 +2,8 @@
 
 A rule changes one top-level attribute that is written as text. Rules are
 followed in their order, each seeing what those before it left. What identifies
-a patient or an object is none of their business: see :func:`may_be_changed`.
+a patient or an object is none of their business: see
+:func:`dicomproxy.dataset.attributes.may_be_changed`.
 """
 
 from __future__ import annotations
@@ -88,34 +89,3 @@ def prefixed(prefix: str, value: str, vr: str) -> str:
     """Return *value* behind *prefix*, once, and cut at what *vr* holds."""
     marked = value if value.startswith(prefix) else prefix + value
     return marked[: LONGEST[vr]].rstrip()
-
-
-_FIXED: Final = frozenset(
-    {
-        0x00080005,  # Specific Character Set
-        0x00080015,  # Instance Coercion DateTime
-        0x00080050,  # Accession Number
-        0x00080051,  # its issuer
-        0x00080052,  # Query/Retrieve Level
-        0x00080054,  # Retrieve AE Title
-        0x00080056,  # Instance Availability
-        0x00100010,  # Patient's Name
-        0x00100020,  # Patient ID
-        0x00100021,  # its issuer
-        0x00100022,  # its type
-        0x00100024,  # its issuer's qualifiers
-        0x00100030,  # Patient's Birth Date
-        0x00100040,  # Patient's Sex
-        0x00101000,  # Other Patient IDs
-        0x00101002,  # Other Patient IDs Sequence
-    }
-)
-_GROUPS: Final = frozenset({0x0008, 0x0010, 0x0018, 0x0020, 0x0032, 0x0038, 0x0040})
-
-
-def may_be_changed(tag: int, vr: str) -> bool:
-    """Tell whether a rule may change the attribute.
-
-    Identity, UIDs, what describes pixels, and the record of changes are not for rules.
-    """
-    return tag >> 16 in _GROUPS and tag not in _FIXED and vr in LONGEST

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
 from dicomproxy.dataset.identifier import Element, Identifier, vr_of
 from dicomproxy.dataset.patient import Domain
-
-LOCAL_NAMESPACE_ENTITY_ID: Final = 0x00400031
-UNIVERSAL_ENTITY_ID: Final = 0x00400032
-UNIVERSAL_ENTITY_ID_TYPE: Final = 0x00400033
+from dicomproxy.identity.domains import UNIVERSAL_ENTITY_ID, UNIVERSAL_ENTITY_ID_TYPE
 
 
 def put(work: Identifier, tag: int, text: str) -> None:

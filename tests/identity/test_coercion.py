@@ -21,11 +21,11 @@ from dicomproxy.dataset.header import (
 from dicomproxy.dataset.identifier import Identifier
 from dicomproxy.dataset.part10 import build_file_meta
 from dicomproxy.dataset.patient import Domain, PatientId
+from dicomproxy.identity.accession import Shown
 from dicomproxy.identity.coercion import (
     Code,
     Coercer,
     CoercionSettings,
-    LocalAccession,
     LocalPatient,
     accession_numbers,
     coerce,
@@ -40,7 +40,7 @@ HERE = Domain("HERE", "1.2.3.9", "ISO")
 AT = datetime(2024, 2, 3, 4, 5, 6, tzinfo=UTC)
 LOCAL = LocalPatient(PatientId("L-1", HERE), Demographics("Local^Name", "19701231", "F"))
 SETTINGS = CoercionSettings("north", "DICOMPROXY", NORTH)
-ACCESSIONS = {ACCESSION_NUMBER: LocalAccession("X123", HERE), "NEST1": LocalAccession("X456")}
+ACCESSIONS = {ACCESSION_NUMBER: Shown("X123", HERE), "NEST1": Shown("X456")}
 
 
 def coerced_bytes(
@@ -479,7 +479,7 @@ def test_an_answer_has_no_key_that_was_not_asked_for() -> None:
 # ------------------------------------------------------------------- what is logged
 
 
-@pytest.mark.parametrize("make", [lambda: LOCAL, lambda: LocalAccession(ACCESSION_NUMBER)])
+@pytest.mark.parametrize("make", [lambda: LOCAL, lambda: Shown(ACCESSION_NUMBER)])
 def test_representations_name_no_patient(make: Callable[[], object]) -> None:
     """What might end in a log says nothing of anybody."""
     assert "L-1" not in repr(make())

@@ -22,11 +22,11 @@ from dicomproxy.dataset.header import (
 from dicomproxy.dataset.identifier import Identifier
 from dicomproxy.dataset.part10 import build_file_meta
 from dicomproxy.dataset.patient import Domain, PatientId
+from dicomproxy.identity.accession import Shown
 from dicomproxy.identity.coercion import (
     Action,
     Coercer,
     CoercionSettings,
-    LocalAccession,
     LocalPatient,
     Rule,
     coerce_answer,
@@ -270,7 +270,7 @@ def coercions(draw: st.DrawFn) -> tuple[LocalPatient, CoercionSettings, Any]:
         rules=tuple(rules),
         keep_study_id=draw(st.booleans()),
     )
-    accessions = draw(st.sampled_from([None, {}, {"A": LocalAccession("X1", HERE)}]))
+    accessions = draw(st.sampled_from([None, {}, {"A": Shown("X1", HERE)}]))
     return patient, settings, accessions
 
 
