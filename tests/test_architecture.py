@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "web": CORE | {"query", "retrieval"},
     "hl7": BASE,
     "identity": CORE | {"hl7"},
-    "config": set(),
+    "config": {"dataset"},
     "demo": set(),
     **dict.fromkeys(COMPOSITION, CORE | EDGES | COMPOSITION | {"config", "dimse"} | INNER),
     "cli": CORE | EDGES | COMPOSITION | {"config", "dimse", "demo"} | INNER,

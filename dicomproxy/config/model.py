@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
+from dicomproxy.config.coercion import CoercionSection
 from dicomproxy.config.identity import (
     CrossReferenceEntry,
     DomainKey,
@@ -216,6 +217,9 @@ class SourceEntry(Section):
     )
     identity: Annotated[SourceIdentitySection, MAPPING] = section(
         "How its patients and orders are told apart from those of this site", {}
+    )
+    coerce: Annotated[CoercionSection, MAPPING] = section(
+        "How its objects, and answers about them, are made to look local", {}
     )
     retrieve: Retrieve = key(
         "c-move where the archive can connect back to the proxy, c-get where it cannot", "c-move"

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
 
+from dicomproxy.config.coercion_references import check_coercion
 from dicomproxy.config.document import Document, Tree
 from dicomproxy.config.faults import YamlPath, closest, show_path, show_text, show_value
 from dicomproxy.config.identity_references import check_identity
@@ -40,6 +41,7 @@ def check_references(document: Document) -> None:
     checker.destinations()
     checker.watermarks()
     check_identity(document)
+    check_coercion(document)
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,8 @@ def attribute(name: str) -> Attribute | None:
     if written := _TAG.fullmatch(name):
         tag = int(written[1] + written[2], 16)
     else:
-        tag = tag_for_keyword(name) or 0
+        # Some retired ones have no keyword, and are not meant by none.
+        tag = (tag_for_keyword(name) if name else None) or 0
     # Repeating groups and private elements are not among them.
     if not tag or tag >> 16 & 1 or not dictionary_has_tag(tag):
         return None

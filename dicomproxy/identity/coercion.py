@@ -109,7 +109,13 @@ class CoercionSettings:
     def tags(self) -> frozenset[int]:
         """All that is looked at or changed: what a header must be read for, a query ask for."""
         ruled = {rule.tag for rule in self.rules} | {rule.other for rule in self.rules}
-        own = {SPECIFIC_CHARACTER_SET, _MODALITY, _STUDY_DESCRIPTION, _STUDY_ID}
+        own = {
+            SPECIFIC_CHARACTER_SET,
+            _MODALITY,
+            _MODALITIES_IN_STUDY,
+            _STUDY_DESCRIPTION,
+            _STUDY_ID,
+        }
         return frozenset(own | PATIENT_TAGS | REQUEST_TAGS | RECORD_TAGS | (ruled - {0}))
 
 
