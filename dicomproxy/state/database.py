@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +22,9 @@ _TABLES: Final = """
         PRIMARY KEY (study_instance_uid, source)
     ) WITHOUT ROWID;
     CREATE INDEX location_last_seen ON location (last_seen);
+"""
+_LATER: Final = """
+    CREATE INDEX IF NOT EXISTS location_patient ON location (source, patient_id);
 """
 _REMEMBER: Final = """
     INSERT INTO location VALUES (?, ?, ?, ?)
@@ -43,7 +46,7 @@ class Database:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._file = StateFile(directory / FILE_NAME, _TABLES, SCHEMA_VERSION)
+        self._file = StateFile(directory / FILE_NAME, _TABLES, SCHEMA_VERSION, later=_LATER)
 
     def read(self, study_instance_uid: str) -> tuple[Location, ...]:
         """Return every stored location of a study."""
@@ -80,6 +83,17 @@ class Database:
                 connection.executemany(_REMEMBER, seen)
 
         self._file.run(apply)
+
+    def forget_patients(self, patients: Collection[tuple[str, str]]) -> None:
+        """Delete every location of patients, each a source and the ID there."""
+
+        def delete(connection: sqlite3.Connection) -> None:
+            with connection:
+                connection.executemany(
+                    "DELETE FROM location WHERE source = ? AND patient_id = ?", patients
+                )
+
+        self._file.run(delete)
 
     def prune(self, before: int, keep: int) -> int:
         """Delete locations last seen before *before*, and the oldest beyond *keep*; count them."""

@@ -40,16 +40,25 @@ class StateFile:
         path: where it is; its directory is made if it does not exist.
         tables: SQL that makes its tables.
         schema_version: of *tables*; a file with another one is set aside.
+        later: SQL that is run whenever the file is opened, and changes nothing
+            where it was run before: indexes that older files lack.
         survives_power_cut: whether a write that returned is on the disk. If not,
             a power cut may cost the last moments, never the file.
     """
 
     def __init__(
-        self, path: Path, tables: str, schema_version: int, *, survives_power_cut: bool = False
+        self,
+        path: Path,
+        tables: str,
+        schema_version: int,
+        *,
+        later: str = "",
+        survives_power_cut: bool = False,
     ) -> None:
         self._path = path
         self._tables = tables
         self._schema_version = schema_version
+        self._later = later
         self._synchronous = "FULL" if survives_power_cut else "NORMAL"
         self._connection: sqlite3.Connection | None = None
 
@@ -102,6 +111,8 @@ class StateFile:
                 )
             elif version != self._schema_version:
                 raise _Unusable("schema_version")
+            if self._later:
+                connection.executescript(self._later)
         except BaseException:
             connection.close()
             raise

@@ -14,8 +14,9 @@ import itertools
 import sqlite3
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -43,6 +44,16 @@ _DROPPED = Counter(
 
 _Known = dict[str, Location]
 _Changed = dict[str, Location | None]
+_Patient = tuple[str, str]
+"""A source, and an ID there."""
+
+
+@dataclass(slots=True, eq=False)
+class _Read:
+    """What changes about a study while its file is read: that wins over what was read."""
+
+    changes: _Changed
+    forgotten: set[_Patient]
 
 
 class StateStore:
@@ -79,7 +90,8 @@ class StateStore:
         self._known: OrderedDict[str, _Known] = OrderedDict()
         self._pending: OrderedDict[str, _Changed] = OrderedDict()
         self._writing: dict[str, _Changed] = {}
-        self._reads: dict[str, list[_Changed]] = {}
+        self._reads: dict[str, list[_Read]] = {}
+        self._forgotten: dict[_Patient, None] = {}
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -118,6 +130,7 @@ class StateStore:
         if self._executor is None:
             return
         self._take_back()
+        await self._write_forgotten()
         while self._pending and await self._write_batch():
             pass
         if self._pending:
@@ -136,18 +149,21 @@ class StateStore:
             return tuple(known.values())
         # What changes while the file is read must win over what was read, even if
         # it is written and off our hands before this coroutine runs again.
-        changes = self._unsaved(study_instance_uid)
-        self._reads.setdefault(study_instance_uid, []).append(changes)
+        read = _Read(self._unsaved(study_instance_uid), set(self._forgotten))
+        self._reads.setdefault(study_instance_uid, []).append(read)
         try:
             stored = await self._read(study_instance_uid)
         finally:
             reads = self._reads[study_instance_uid]
-            # By identity: two reads may well hold equal changes.
-            reads[:] = [given for given in reads if given is not changes]
+            reads.remove(read)
             if not reads:
                 del self._reads[study_instance_uid]
-        found = {location.source: location for location in stored or ()}
-        _apply(changes, found)
+        found = {
+            location.source: location
+            for location in stored or ()
+            if (location.source, location.patient_id) not in read.forgotten
+        }
+        _apply(read.changes, found)
         if stored is not None:
             self._known[study_instance_uid] = found
             if len(self._known) > self._known_limit:
@@ -163,11 +179,44 @@ class StateStore:
         """The study is no longer held there."""
         self._change(study_instance_uid, source, None)
 
+    def forget_patients(self, patients: Collection[tuple[str, str]]) -> None:
+        """Forget where the studies of *patients* are, each a source and the ID there.
+
+        For records that were merged, or whose IDs moved: what is retrieved next is
+        located anew.
+        """
+        if not patients:
+            return
+        gone = set(patients)
+        held: tuple[Mapping[str, _Known | _Changed], ...] = (
+            self._known,
+            self._writing,
+            self._pending,
+        )
+        hanging = {
+            (study, source)
+            for studies in held
+            for study, locations in studies.items()
+            for source, location in locations.items()
+            if location is not None and (source, location.patient_id) in gone
+        }
+        for study, source in hanging:
+            self._change(study, source, None)
+        self._forgotten.update(dict.fromkeys(patients))
+        while len(self._forgotten) > self._pending_limit:
+            del self._forgotten[next(iter(self._forgotten))]
+            self._count_dropped()
+        for reads in self._reads.values():
+            for read in reads:
+                read.forgotten |= gone
+        self._idle.clear()
+        self._work.set()
+
     def _change(self, study: str, source: str, location: Location | None) -> None:
         change = {source: location}
         self._pending.setdefault(study, {}).update(change)
         for read in self._reads.get(study, ()):
-            read.update(change)
+            read.changes.update(change)
         if (known := self._known.get(study)) is not None:
             _apply(change, known)
         self._bound_pending()
@@ -180,10 +229,13 @@ class StateStore:
     def _bound_pending(self) -> None:
         while len(self._pending) > self._pending_limit:
             self._pending.popitem(last=False)
-            _DROPPED.inc()
-            self._dropped += 1
-            if self._dropped == 1:  # the total follows once the disk is back
-                _log.error("state_degraded", reason="pending_full", limit=self._pending_limit)
+            self._count_dropped()
+
+    def _count_dropped(self) -> None:
+        _DROPPED.inc()
+        self._dropped += 1
+        if self._dropped == 1:  # the total follows once the disk is back
+            _log.error("state_degraded", reason="pending_full", limit=self._pending_limit)
 
     # -------------------------------------------------------------------- disk
 
@@ -200,13 +252,35 @@ class StateStore:
             # What one query teaches is written at once, and not while it is answered.
             await asyncio.sleep(_GATHER_SECONDS)
             self._work.clear()
-            while self._pending:
-                if not await self._write_batch():
+            while self._pending or self._forgotten:
+                if not (await self._write_forgotten() and await self._write_batch()):
                     await asyncio.sleep(self._retry_seconds)
             self._idle.set()
 
+    async def _write_forgotten(self) -> bool:
+        """Delete what was forgotten by patient; whether that worked.
+
+        Comes before what is pending is written: it would take along what was
+        remembered later.
+        """
+        taken = list(self._forgotten)
+        if not taken:
+            return True
+
+        def delete() -> bool:
+            self._database.forget_patients(taken)
+            return True
+
+        if not await self._ask(delete, "write"):
+            return False
+        for patient in taken:
+            self._forgotten.pop(patient, None)
+        return True
+
     async def _write_batch(self) -> bool:
         """Write the oldest pending changes; whether that worked."""
+        if not self._pending:
+            return True
         taken = list(itertools.islice(self._pending, _BATCH_STUDIES))
         self._writing = {study: self._pending.pop(study) for study in taken}
         changes: Mapping[str, Mapping[str, Location | None]] = self._writing
@@ -258,7 +332,8 @@ class StateStore:
                 _log.error("state_degraded", operation=operation, **error_fields(error))
             return None
         # Reading may work on a full disk: with changes waiting, only a write is proof.
-        if self._degraded and (operation == "write" or not (self._pending or self._writing)):
+        waiting = self._pending or self._writing or self._forgotten
+        if self._degraded and (operation == "write" or not waiting):
             self._degraded = False
             _DEGRADED.set(0)
             _log.warning("state_recovered", dropped=self._dropped)
