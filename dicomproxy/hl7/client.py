@@ -141,12 +141,11 @@ class MllpClient:
             raise
 
     def _reused(self) -> _Connection | None:
-        while self._idle:
-            connection = self._idle.pop()
-            connection.rest(None)
-            if connection.usable:
-                return connection
-        return None
+        if not self._idle:
+            return None
+        connection = self._idle.pop()
+        connection.rest(None)
+        return connection
 
     def _keep(self, connection: _Connection) -> None:
         if self._closed or not connection.usable:

@@ -294,7 +294,7 @@ class Inbox:
     async def _note_done(self, number: int) -> None:
         try:
             await self._on_disk(self._journal.done, number)
-        except (OSError, TimeoutError) as error:
+        except Exception as error:
             # Handled again after a restart, which does no harm.
             _log.error("mllp_journal_failed", reason="disk", **error_fields(error))
 

@@ -135,7 +135,7 @@ class PixCrossReference:
 
 
 def _read_answer(content: bytes, control_id: str, domain: Domain) -> tuple[PatientId, ...]:
-    """Return the IDs that an RSP^K23 gives for *domain* (ITI TF-2 3.9.4.2.2.6).
+    """Return the IDs that an RSP^K23 gives for *domain* (ITI TF-2 3.9.4.2).
 
     Raises:
         CrossReferenceError: anything but "these" or "none".

@@ -28,7 +28,7 @@ _MOST_CONNECTIONS: Final = 4
 _KEEPALIVE_SECONDS: Final = 30.0
 _OID: Final = re.compile(r"[0-2](\.(0|[1-9][0-9]*))+")
 _TOKEN_ESCAPES: Final = str.maketrans({one: f"\\{one}" for one in "\\|,$"})
-"""What a token search parameter gives a meaning to (FHIR R4 3.1.1.5.7)."""
+"""What a token gives a meaning to (FHIR R4, Search, "Escaping Search Parameters")."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -183,6 +183,35 @@ def test_a_write_that_fails_leaves_nothing_behind(
     assert contents(path) == [b"A", b"C"]
 
 
+def test_a_new_file_takes_the_old_ones_place_only_when_it_is_synced(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a loss of power the name leads to the messages, not to an empty file."""
+    journal, _ = opened(path, max_bytes=400)
+    journal.append(b"A" * 100)
+    synced: list[int] = []
+    replaced: list[int] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noting(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append(os.fstat(descriptor).st_ino)
+
+    def checking(old: Path, new: Path) -> None:
+        replaced.append(old.stat().st_ino)
+        assert synced[-1:] == replaced[-1:]
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    monkeypatch.setattr(os, "replace", checking)
+    journal.done(journal.append(b"B" * 100))
+    journal.append(b"C" * 100)
+    assert len(replaced) == 1
+    assert synced[-2:] == [path.parent.stat().st_ino, path.stat().st_ino]
+    journal.close()
+    assert contents(path) == [b"A" * 100, b"C" * 100]
+
+
 def test_a_message_counts_only_when_it_is_synced(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

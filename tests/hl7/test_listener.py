@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -267,6 +268,17 @@ async def test_closing_ends_every_connection() -> None:
         assert await caller.ended()
     with pytest.raises(OSError):
         await Caller.to(port)
+
+
+async def test_closing_ends_a_connection_that_was_only_just_accepted() -> None:
+    """One whose task never took a step is not left open."""
+    near, far = socket.socketpair()
+    with far:
+        listener = MllpListener(echo)
+        listener._spawn(near, "127.0.0.1")
+        await listener.close()
+        await asyncio.sleep(0)
+        assert near.fileno() == -1
 
 
 class TestTls:

@@ -119,6 +119,14 @@ async def test_any_id_arrives_as_it_is(value: str) -> None:
         await pixm.close()
 
 
+async def test_what_a_token_gives_a_meaning_to_is_escaped() -> None:
+    """A bar, comma, dollar sign or backslash within an ID is part of it."""
+    async with region() as (manager, pixm):
+        assert await pixm.lookup(PatientId("a|b,c$d\\e", HERE), NORTH) == ()
+        asked = manager.questions[0]["sourceIdentifier"]
+        assert asked == "urn:oid:1.2.1|a\\|b\\,c\\$d\\\\e"
+
+
 async def test_several_ids_are_all_taken_or_none() -> None:
     """As the site has decided; none is an error, not an empty answer."""
     async with region(several_ids=SeveralIds.ALL) as (_, pixm):
