@@ -135,7 +135,7 @@ class PixCrossReference:
 
 
 def _read_answer(content: bytes, control_id: str, domain: Domain) -> tuple[PatientId, ...]:
-    """Return the IDs that an RSP^K23 gives for *domain* (ITI TF-2 3.9.4.2).
+    """Return the IDs that an RSP^K23 gives for *domain* (ITI TF-2 3.9.4.2.2.6).
 
     Raises:
         CrossReferenceError: anything but "these" or "none".
@@ -146,25 +146,22 @@ def _read_answer(content: bytes, control_id: str, domain: Domain) -> tuple[Patie
         raise CrossReferenceError(Failure.PROTOCOL, error.reason) from None
     if answer.get("MSA", 2) != control_id:
         raise CrossReferenceError(Failure.PROTOCOL, "wrong_control_id")
-    accepted = answer.get("MSA", 1)
-    if accepted == "AR":
-        raise CrossReferenceError(Failure.STATUS, "rejected")
-    if accepted not in ("AA", "AE"):
+    accepted, status = answer.get("MSA", 1), answer.get("QAK", 2)
+    if accepted not in ("AA", "AE", "AR"):
         raise CrossReferenceError(Failure.PROTOCOL, "wrong_acknowledgement")
-    status = answer.get("QAK", 2)
     if answer.get("QAK", 1) not in ("", control_id):
         raise CrossReferenceError(Failure.PROTOCOL, "wrong_query_tag")
-    if accepted == "AE" or status == "AE":
+    if accepted != "AA" or status in ("AE", "AR"):
+        # IHE says AE for an unknown key, table 0357 has it among the rejections: both occur.
         if _unknown_patient(answer):
             return ()
-        raise CrossReferenceError(Failure.STATUS, _why(answer))
+        raise CrossReferenceError(Failure.STATUS, _why(answer, "AR" in (accepted, status)))
     if (answer.code, answer.trigger) != ("RSP", "K23"):
         raise CrossReferenceError(Failure.PROTOCOL, "wrong_message_type")
     if status == "NF":
         return _none(answer)
     if status != "OK":
-        reason = "rejected" if status == "AR" else "wrong_query_status"
-        raise CrossReferenceError(Failure.STATUS, reason)
+        raise CrossReferenceError(Failure.PROTOCOL, "wrong_query_status")
     return _ids(answer, domain)
 
 
@@ -197,24 +194,21 @@ def _none(answer: Message) -> tuple[PatientId, ...]:
 
 def _unknown_patient(answer: Message) -> bool:
     """Tell whether the one thing that is wrong is that the ID is not known."""
-    errors = list(_errors(answer))
+    errors = _errors(answer)
     return bool(errors) and all(
-        code == UNKNOWN_KEY and location[:1] == ["3"] and location[2:] == ["1"]
+        code == UNKNOWN_KEY and location in (["3", "1", "1"], ["3", "", "1"])
         for code, location in errors
     )
 
 
-def _why(answer: Message) -> str:
-    """Name what an AE is about, by code and position alone."""
-    errors = list(_errors(answer))
-    for code, location in errors:
-        if code != UNKNOWN_KEY:
-            continue
-        if location[:1] == ["4"] or (location[:1] == ["3"] and location[2:] == ["4"]):
-            return "unknown_domain"
-    if any(code == UNKNOWN_KEY for code, _ in errors):
+def _why(answer: Message, rejected: bool) -> str:
+    """Name what an AE or AR is about, by code and position alone."""
+    unknown = [location for code, location in _errors(answer) if code == UNKNOWN_KEY]
+    if any(one[:1] == ["4"] or (one[:1] == ["3"] and one[2:] == ["4"]) for one in unknown):
+        return "unknown_domain"
+    if unknown:
         return "unknown_key"
-    return "application_error"
+    return "rejected" if rejected else "application_error"
 
 
 def _errors(answer: Message) -> list[tuple[str, list[str]]]:

@@ -153,6 +153,8 @@ REPLIES: list[tuple[Reply, Failure, str]] = [
     (Reply("AE", "AE", errors=[f"ERR|||{ERR_204}"]), Failure.STATUS, "unknown_key"),
     (Reply("AE", "AE", errors=[f"ERR||QPD^1^3^1|{ERR_204}"]), Failure.STATUS, "unknown_key"),
     (Reply("AE", "AE", errors=[f"ERR||PID^1^3^1^1|{ERR_204}"]), Failure.STATUS, "unknown_key"),
+    # Meant for the domain by some, with repetition and component in the wrong order.
+    (Reply("AE", "AE", errors=[f"ERR||QPD^1^3^4^1|{ERR_204}"]), Failure.STATUS, "unknown_key"),
     # The ID is unknown, and something else is wrong too.
     (
         Reply("AE", "AE", errors=[f"ERR||QPD^1^3^1^1|{ERR_204}", "ERR|||207|E"]),
@@ -173,8 +175,9 @@ REPLIES: list[tuple[Reply, Failure, str]] = [
     (Reply("AR", "AR"), Failure.STATUS, "rejected"),
     (Reply("AR", None, message_type="ACK"), Failure.STATUS, "rejected"),
     (Reply("AA", "AR"), Failure.STATUS, "rejected"),
-    (Reply("AA", "XX"), Failure.STATUS, "wrong_query_status"),
-    (Reply("AA", None), Failure.STATUS, "wrong_query_status"),
+    (Reply("AR", "AR", errors=[f"ERR||QPD^1^4^1|{ERR_204}"]), Failure.STATUS, "unknown_domain"),
+    (Reply("AA", "XX"), Failure.PROTOCOL, "wrong_query_status"),
+    (Reply("AA", None), Failure.PROTOCOL, "wrong_query_status"),
     (Reply("CA", "OK"), Failure.PROTOCOL, "wrong_acknowledgement"),
     (Reply("", "OK"), Failure.PROTOCOL, "wrong_acknowledgement"),
     (Reply(control_id="X"), Failure.PROTOCOL, "wrong_control_id"),
@@ -229,6 +232,9 @@ async def test_every_other_answer_is_an_error(reply: Reply, failure: Failure, re
     [
         Reply("AE", "AE", errors=[f"ERR||QPD^1^3^1^1|{ERR_204}"]),
         Reply("AA", "AE", errors=[f"ERR||QPD^1^3^1^1|{ERR_204}"]),
+        Reply("AR", "AR", errors=[f"ERR||QPD^1^3^1^1|{ERR_204}"]),
+        Reply("AE", None, errors=[f"ERR||QPD^1^3^^1|{ERR_204}"]),
+        Reply("AE", "AE", errors=[f"ERR||QPD^1^3^1^1|{ERR_204}"], message_type="RSP^Q23"),
         Reply("AE", "AE", errors=[f"ERR||QPD^1^3^1^1~QPD^1^3^1^1|{ERR_204}"]),
         Reply(status="NF"),
         Reply(status="NF", identifiers=[""]),

@@ -101,7 +101,7 @@ class PixManager:
         return self.server.port
 
     def honest(self, question: Question) -> Reply:
-        """Answer as ITI-9 says (3.9.4.2)."""
+        """Answer as ITI-9 says (3.9.4.2.2.6)."""
         value, (namespace, oid) = question.identifier[0], _authority(question.identifier)
         known = {one[1:] for person in self.persons for one in person}
         if not any(_same(one, (namespace, oid)) for one in known):
