@@ -19,7 +19,7 @@ BENCH_FLAGS ?=
 
 # Programs that tests use as peers where they are installed, and their packages.
 PEER_PROGRAMS := Orthanc findscu movescu getscu echoscu storescu storescp dcmqrscp dcmqridx
-PEER_PACKAGES := orthanc orthanc-dicomweb dcmtk
+PEER_PACKAGES := orthanc orthanc-dicomweb dcmtk dicom3tools
 
 help: ## say what there is
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16

@@ -15,9 +15,13 @@ from dataclasses import dataclass
 from dicomproxy.audit import FileAudit
 from dicomproxy.cache import CacheSettings, DiskInstanceStore
 from dicomproxy.config import Settings
+from dicomproxy.config.coercion import RuleEntry
+from dicomproxy.config.identity import DomainSection
 from dicomproxy.config.model import LocalSection, SourceEntry, WorkstationEntry
+from dicomproxy.dataset.patient import Domain
 from dicomproxy.destinations.workstation import Workstation, WorkstationSettings
 from dicomproxy.dimse.layer import Limits, Timers, UpperLayer
+from dicomproxy.identity.coercion import Action, Code, CoercionSettings, Rule
 from dicomproxy.ports import LOCAL, Caller, Destination, Originator
 from dicomproxy.query.coordinator import QueryCoordinator
 from dicomproxy.retrieval.arrivals import FlightArrivals
@@ -131,6 +135,48 @@ def source_archive_settings(settings: Settings, entry: SourceEntry) -> ArchiveSe
         breaker_failures=entry.breaker.failures,
         breaker_pause=entry.breaker.pause,
         accept=entry.accept,
+    )
+
+
+def domain(section: DomainSection) -> Domain:
+    if not section.is_named:
+        return Domain()
+    return Domain(
+        section.namespace or "",
+        section.universal_id or "",
+        section.universal_id_type if section.universal_id else "",
+    )
+
+
+def coercion_settings(settings: Settings, entry: SourceEntry) -> CoercionSettings:
+    """How objects of a source, and answers about them, are made to look local."""
+    section = entry.coerce
+    own = entry.patient_id_issuer
+    return CoercionSettings(
+        source=entry.ae_title,
+        modifying_system=settings.proxy.ae_title,
+        domain=domain(own if own.is_named else settings.local.patient_id_issuer),
+        ignore_issuers=entry.identity.issuer == "ignore",
+        study_description_prefix=section.study_description_prefix or "",
+        descriptions={name.remote: name.local for name in section.descriptions},
+        procedure_codes={
+            code.remote: Code(*code.local, code.meaning) for code in section.procedure_codes
+        },
+        rules=tuple(_rule(rule) for rule in section.rules),
+        keep_study_id=section.study_id == "keep",
+    )
+
+
+def _rule(entry: RuleEntry) -> Rule:
+    return Rule(
+        action=Action(entry.action),
+        tag=entry.attribute.tag,
+        vr=entry.attribute.vr,
+        value=entry.value or "",
+        other=entry.from_attribute.tag if entry.from_attribute else 0,
+        table={value.remote: value.local for value in entry.values},
+        modalities=frozenset(entry.modalities or ()),
+        destinations=frozenset(entry.destinations or ()),
     )
 
 

@@ -29,6 +29,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="test every route of a configuration")
     _add_config(doctor)
 
+    _add_coerce(commands.add_parser("coerce", help="show what becomes of a source's object"))
+
     cache = commands.add_parser("cache", help="look at the cache, evict, verify")
     actions = cache.add_subparsers(dest="action", required=True, metavar="ACTION")
     for action, words in (
@@ -45,6 +47,21 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, required=True, metavar="FILE")
+
+
+def _add_coerce(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--source", required=True, metavar="NAME", help="where the object is from")
+    parser.add_argument("--destination", default="", metavar="AE", help="where it goes")
+    parser.add_argument("--patient-id", metavar="ID", help="the local one; default: left as it is")
+    for option, words in (
+        ("--patient-name", "the local patient's, as a PN"),
+        ("--birth-date", "likewise, YYYYMMDD"),
+        ("--sex", "likewise, M, F or O"),
+    ):
+        parser.add_argument(option, metavar="TEXT", help=f"{words}; default: the object's")
+    parser.add_argument("infile", type=Path, metavar="IN", help="a DICOM file of the source")
+    parser.add_argument("outfile", type=Path, metavar="OUT", help="where the result is written")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,6 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from dicomproxy.cli import doctor
 
         return doctor.run(settings)
+    if arguments.command == "coerce":
+        from dicomproxy.cli import coerce
+
+        return coerce.run(settings, arguments)
     from dicomproxy.cli import cache
     from dicomproxy.wiring import cache_settings
 

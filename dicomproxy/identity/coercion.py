@@ -87,6 +87,7 @@ class CoercionSettings:
         source: its name, recorded as the source of previous values.
         modifying_system: what is recorded as having changed them.
         domain: what an ID without an issuer belongs to there.
+        ignore_issuers: its objects name issuers of patient IDs that mean nothing.
         study_description_prefix: marks studies of this source for their readers.
         descriptions: local names of its studies and procedures, by its own.
         procedure_codes: local codes by (value, scheme) of its own.
@@ -97,6 +98,7 @@ class CoercionSettings:
     source: str
     modifying_system: str
     domain: Domain = Domain()  # noqa: RUF009  (frozen)
+    ignore_issuers: bool = False
     study_description_prefix: str = ""
     descriptions: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     procedure_codes: Mapping[tuple[str, str], Code] = field(
@@ -241,7 +243,13 @@ def _coerced(
     if not settings.keep_study_id:
         put(work, _STUDY_ID, "")
     if patient is not None:
-        make_patient_local(work, patient.patient_id, patient.demographics, settings.domain)
+        make_patient_local(
+            work,
+            patient.patient_id,
+            patient.demographics,
+            settings.domain,
+            settings.ignore_issuers,
+        )
     if accessions is not None:
         make_requests_local(work, accessions)
     return work

@@ -42,17 +42,23 @@ PATIENT_TAGS: Final = frozenset(
 
 
 def make_patient_local(
-    work: Identifier, local: PatientId, demographics: Demographics | None, source: Domain
+    work: Identifier,
+    local: PatientId,
+    demographics: Demographics | None,
+    source: Domain,
+    ignore_issuer: bool = False,
 ) -> None:
     """Give *work* the local patient.
 
     Args:
         source: the domain of an ID that names no issuer.
+        ignore_issuer: what is named as the issuer of the ID means nothing.
 
     Raises:
         CannotEncode: a value does not fit into the character set of *work*.
     """
-    foreign = PatientId(work.text(_ID), resolve(issuer_of(work), source))
+    domain = source if ignore_issuer else resolve(issuer_of(work), source)
+    foreign = PatientId(work.text(_ID), domain)
     if not _is_same(foreign, local):
         _other_ids(work, foreign, local, source)
     if local.domain.is_named or foreign.value != local.value:

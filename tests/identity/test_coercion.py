@@ -150,6 +150,15 @@ def test_an_issuer_of_the_object_is_believed_over_the_configured_one() -> None:
     assert previous(found).IssuerOfPatientID == "WEST"
 
 
+def test_an_issuer_that_means_nothing_is_not_believed() -> None:
+    """Where the site says so, the configured domain counts, and what was written is recorded."""
+    settings = CoercionSettings("north", "DICOMPROXY", NORTH, ignore_issuers=True)
+    found = coerced(instance(IssuerOfPatientID="HERE"), settings=settings)
+
+    assert found.OtherPatientIDsSequence[0].IssuerOfPatientID == "NORTH"
+    assert previous(found).IssuerOfPatientID == "HERE"
+
+
 def test_a_domain_without_a_namespace_leaves_no_foreign_one() -> None:
     """A local ID never stands beside a foreign issuer."""
     patient = LocalPatient(PatientId("L-1", Domain("", "1.2.3.9", "ISO")))

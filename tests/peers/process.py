@@ -21,6 +21,7 @@ import pytest
 
 _PACKAGES = {
     "Orthanc": "orthanc",
+    "dciodvfy": "dicom3tools",
     "dcmqridx": "dcmtk",
     "dcmqrscp": "dcmtk",
     "echoscu": "dcmtk",
