@@ -445,6 +445,26 @@ async def test_who_asks_after_a_merge_does_not_wait_for_the_answer_before_it(mak
         assert await before == (north("N2"),)
 
 
+async def test_merge_just_before_an_answer_is_taken_is_heeded(make: Make) -> None:
+    """Between the end of a lookup and whoever waits for it a notice is not lost."""
+    identities: Identities
+
+    class Merged(Scripted):
+        async def lookup(self, patient: PatientId, domain: Domain) -> tuple[PatientId, ...]:
+            answer = await super().lookup(patient, domain)
+            if len(self.asked) == 1:
+                self.persons = [{ME, north("N2")}]
+                soon = asyncio.get_running_loop().call_soon
+                # The second turn of the loop: the lookup is over, nobody was woken yet.
+                soon(soon, identities.forget, ME)
+            return answer
+
+    provider = Merged({ME, north("N1")})
+    identities = make(provider)
+    assert await identities.elsewhere(ME, "north") == (north("N2"),)
+    assert len(provider.asked) == 2
+
+
 async def test_merge_of_somebody_else_leaves_answers_on_their_way(make: Make) -> None:
     """Notices about others do not make a lookup begin again."""
     provider = Scripted({ME, north("N1")})
