@@ -18,7 +18,7 @@ PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
 
 # Programs that tests use as peers where they are installed, and their packages.
-PEER_PROGRAMS := Orthanc findscu movescu getscu echoscu storescu storescp dcmqrscp dcmqridx
+PEER_PROGRAMS := Orthanc findscu movescu getscu echoscu storescu storescp dcmqrscp dcmqridx dciodvfy
 PEER_PACKAGES := orthanc orthanc-dicomweb dcmtk dicom3tools
 
 help: ## say what there is

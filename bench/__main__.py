@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from bench import bounds, querying, receiving, retrieving
+from bench import bounds, coercing, querying, receiving, retrieving
 from bench.stage import Stage, sizes
 from bench.subjects import MissingPeer
 from bench.table import Failure, Row, render
@@ -43,6 +43,7 @@ ROWS: Final[dict[str, Callable[[Stage], Awaitable[list[Row]]]]] = {
     "warm": retrieving.warm,
     "find": querying.find,
     "find-silent": querying.find_silent,
+    "coerce": coercing.coerce,
     "memory": bounds.memory,
     "crowd-near": retrieving.crowd_near,
     "crowd-far": retrieving.crowd_far,
