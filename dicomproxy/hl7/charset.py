@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
-from dicomproxy.hl7.errors import MalformedMessage
+from dicomproxy.hl7.errors import MalformedMessage, UnknownCharacterSet
 
 REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
 
@@ -81,12 +81,12 @@ def decode(frame: bytes) -> str:
     """Return the text of a message, by its own MSH-18.
 
     Raises:
-        MalformedMessage: a set nobody knows, in a message that needs one.
+        UnknownCharacterSet: a set nobody knows, in a message that needs one.
     """
     codec = codec_for(declared(frame))
     if codec is None:
         if not frame.isascii() or b"\x1b" in frame:
-            raise MalformedMessage("unknown_character_set")
+            raise UnknownCharacterSet
         codec = "ascii"
     return frame.decode(codec, "replace")
 
@@ -95,11 +95,12 @@ def encode(text: str, term: str) -> bytes:
     """Return *text* in the set that MSH-18 calls *term*.
 
     Raises:
-        MalformedMessage: the set is unknown, or does not have the characters.
+        UnknownCharacterSet: nobody knows it.
+        MalformedMessage: it does not have the characters.
     """
     codec = codec_for([term])
     if codec is None:
-        raise MalformedMessage("unknown_character_set")
+        raise UnknownCharacterSet
     try:
         return text.encode(codec)
     except UnicodeEncodeError:

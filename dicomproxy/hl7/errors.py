@@ -50,6 +50,13 @@ class MalformedMessage(Exception):
         super().__init__(reason)
 
 
+class UnknownCharacterSet(MalformedMessage):
+    """MSH-18 names a set that is not known, in a message that needs one."""
+
+    def __init__(self) -> None:
+        super().__init__("unknown_character_set")
+
+
 class Refusal(Exception):
     """A received message is not taken: whoever checks it raises this.
 

@@ -21,9 +21,9 @@ from typing import Any, Final, Protocol, TypeVar
 
 from prometheus_client import Counter, Gauge
 
-from dicomproxy.hl7.errors import MalformedMessage, Refusal
+from dicomproxy.hl7.errors import MalformedMessage, Refusal, UnknownCharacterSet
 from dicomproxy.hl7.journal import Journal, JournalFull
-from dicomproxy.hl7.message import Message, parse
+from dicomproxy.hl7.message import Message, parse, parse_header
 from dicomproxy.hl7.writing import acknowledgement
 from dicomproxy.logs import error_fields, get_logger
 from dicomproxy.tasks import TaskOwner
@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 REQUIRED_FIELD_MISSING: Final = 101
 DATA_TYPE_ERROR: Final = 102
+TABLE_VALUE_NOT_FOUND: Final = 103
 UNSUPPORTED_MESSAGE_TYPE: Final = 200
 UNSUPPORTED_EVENT_CODE: Final = 201
 INTERNAL_ERROR: Final = 207
@@ -159,16 +160,15 @@ class Inbox:
             MalformedMessage: it is no message, so that there is nothing to answer to.
         """
         try:
-            if len(content) > _PARSED_ON_LOOP_BYTES:
-                message = await asyncio.to_thread(parse, content)
-            else:
-                message = parse(content)
+            message = await self._parsed(content)
+            self._check(message)
+        except UnknownCharacterSet:
+            header = parse_header(content)
+            return self._answer(header, "AR", TABLE_VALUE_NOT_FOUND, "MSH^1^18")
         except MalformedMessage as error:
             _ANSWERED.labels("malformed").inc()
             _log.warning("mllp_message_refused", reason=error.reason, bytes=len(content))
             raise
-        try:
-            self._check(message)
         except Refusal as refusal:
             code = "AR" if refusal.permanent else "AE"
             return self._answer(message, code, refusal.code, refusal.location)
@@ -183,6 +183,11 @@ class Inbox:
         return self._answer(message, "AA")
 
     # --------------------------------------------------------------- internals
+
+    async def _parsed(self, content: bytes) -> Message:
+        if len(content) > _PARSED_ON_LOOP_BYTES:
+            return await asyncio.to_thread(parse, content)
+        return parse(content)
 
     def _check(self, message: Message) -> None:
         if not message.control_id:

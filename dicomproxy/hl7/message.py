@@ -7,6 +7,7 @@ quotation marks) included; a value that could not be decoded holds U+FFFD.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -101,10 +102,24 @@ def parse(frame: bytes) -> Message:
     """Read the content of one MLLP frame, by its own character set and separators.
 
     Raises:
+        UnknownCharacterSet: what it declares is not known.
         MalformedMessage: it is no message.
     """
+    return _parsed(decode(frame))
+
+
+def parse_header(frame: bytes) -> Message:
+    """Read a message whose character set is unknown far enough to answer it: its header.
+
+    Raises:
+        MalformedMessage: it is no message.
+    """
+    return _parsed(re.split(rb"[\r\n]", frame, maxsplit=1)[0].decode("ascii", "replace"))
+
+
+def _parsed(text: str) -> Message:
     try:
-        return Message(hl7kit.parse(decode(frame)))
+        return Message(hl7kit.parse(text))
     except hl7kit.ParseError:
         pass  # its text quotes the message
     raise MalformedMessage("no_message")

@@ -122,6 +122,10 @@ async def test_every_subscriber_of_a_type_gets_it(path: Path) -> None:
         (message("M1", "ORU^R01"), ("AR", "M1", "200")),
         (message("M1", ""), ("AR", "M1", "200")),
         (message("", "ADT^A40"), ("AR", "", "101")),
+        (
+            message("M1", patient_id="é").replace(b"|2.5\r", b"|2.5||||||EBCDIC\r"),
+            ("AR", "M1", "103"),
+        ),
     ],
 )
 async def test_what_nobody_asked_for_is_refused(

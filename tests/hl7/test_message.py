@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dicomproxy.hl7.errors import MalformedMessage
-from dicomproxy.hl7.message import Place, parse
+from dicomproxy.hl7.errors import MalformedMessage, UnknownCharacterSet
+from dicomproxy.hl7.message import Place, parse, parse_header
 from dicomproxy.hl7.writing import segment
 from tests.sentinel import PATIENT_ID, PATIENT_NAME, sentinels_in
 
@@ -92,6 +92,18 @@ def test_what_is_no_message_is_refused(frame: bytes) -> None:
     """The one exception is ours."""
     with pytest.raises(MalformedMessage, match="no_message"):
         parse(frame)
+
+
+def test_the_header_is_read_whatever_the_rest_is_written_in() -> None:
+    """Somebody who writes in an unknown character set is told so, under their control ID."""
+    frame = HEADER.replace("\r", "||||||EBCDIC\r").encode() + b"PID|1||\xe9\xff|MSH\r"
+    with pytest.raises(UnknownCharacterSet):
+        parse(frame)
+    header = parse_header(frame)
+    assert (header.control_id, header.trigger) == ("M1", "A40")
+    assert list(header.segments()) == [Place("MSH")]
+    with pytest.raises(MalformedMessage, match="no_message"):
+        parse_header(b"\xff")
 
 
 def test_nothing_of_a_message_is_in_a_text_of_ours() -> None:
