@@ -23,7 +23,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 from bench.data import Study
 from bench.stage import Stage
-from bench.table import Row, at_most, under_seconds
+from bench.table import NO_AIM, Row, at_most, under_seconds
 from dicomproxy.dataset.patient import Domain, PatientId
 from dicomproxy.identity.accession import Shown
 from dicomproxy.identity.coercion import Coercer, CoercionSettings, LocalPatient
@@ -119,9 +119,12 @@ async def coerce(stage: Stage) -> list[Row]:
     )
     accessions = {"B90": Shown("X123456789", _HERE), "B10": Shown("X987654321", _HERE)}
     coercer = partial(Coercer, _PATIENT, _SETTINGS, accessions, _AT)
-    aim, measure = under_seconds(_MOST_SECONDS), "CPU an instance"
-    series = Row("coerce", f"coerce {count} CT of 525 KB", measure, "", aim)
-    alone = Row("coerce", "coerce one CT of 525 KB", measure, "", aim)
+    measure = "CPU an instance"
+    series = Row(
+        "coerce", f"coerce {count} CT of 525 KB", measure, "", under_seconds(_MOST_SECONDS)
+    )
+    # What is decided of one header holds for those that are like it: this is the first.
+    alone = Row("coerce", "coerce the first CT of a series", measure, "", NO_AIM)
     of_large = Row(
         "coerce", f"coerce {count} objects of 50 MB", measure, "of 525 KB", at_most(1.25)
     )

@@ -17,7 +17,6 @@ from dicomproxy.dataset.header import LONG_VRS, SHORT_VRS
 from dicomproxy.dataset.identifier import Element, Identifier, IdentifierError, vr_of
 from dicomproxy.dataset.levels import SPECIFIC_CHARACTER_SET
 from dicomproxy.dataset.splice_walk import (
-    MAX_ELEMENTS,
     UNDEFINED,
     Encoding,
     Read,
@@ -29,6 +28,8 @@ from dicomproxy.dataset.splice_walk import (
     top_encoding,
 )
 
+_MAX_ELEMENTS: Final = 250_000
+"""At the top level, where each is remembered."""
 _MAX_VALUE_BYTES: Final = 1024 * 1024
 _MAX_SEQUENCE_BYTES: Final = 16 * 1024 * 1024
 
@@ -201,6 +202,8 @@ class _Steps:
         """Tell whether no element begins at *position*."""
         left = self._size_bytes - position
         if left >= 8:
+            if len(self.tags) > _MAX_ELEMENTS:
+                raise SpliceError("too many elements")
             return False
         self.end = position
         if left < 0:
@@ -218,8 +221,6 @@ class _Steps:
 
     def _stops(self, tag: int, last: int, start: int, length: int) -> bool:
         """Tell whether an element out of order or behind what is wanted ends the walk."""
-        if len(self.tags) > MAX_ELEMENTS:
-            raise SpliceError("too many elements")
         self.end = start
         if not tag or tag >> 16 == 0xFFFE:
             if self._passed or (not tag and not length):

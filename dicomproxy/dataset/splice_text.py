@@ -3,7 +3,8 @@
 Only what is beyond plain ASCII is rewritten, with the lengths of the sequences
 and items around it; all else stays as it is encoded. Text whose VR nobody can
 know (private elements with implicit VRs, UN) is left alone, and so is a
-sequence that cannot be read: what it says is lost to every reader alike.
+sequence that cannot be read: what it says is lost to every reader alike. Bytes
+that mean nothing in the declared character set become U+FFFD.
 """
 
 from __future__ import annotations
