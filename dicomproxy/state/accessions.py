@@ -148,7 +148,8 @@ class AccessionMap:
             job = partial(self._assign_on_disk, unknown, int(self._clock()))
             on_disk = await self._ask(job, "write")
             for one in unknown:
-                numbers[one] = self._settle(one, "" if on_disk is None else on_disk[one])
+                assigned = self._assign(one) if on_disk is None else on_disk[one]
+                numbers[one] = self._take(one, *assigned)
         return [numbers[one] for one in wanted]
 
     async def find(self, number: str) -> Origin | None:
@@ -160,8 +161,6 @@ class AccessionMap:
         held = self._known.get(number) or self._pending.get(number)
         if held is not None:
             return held
-        if self._is_resting():
-            raise AccessionsUnavailable
         found = await self._ask(lambda: (self._file.run(lambda file: _find(file, number)),), "read")
         if found is None:
             raise AccessionsUnavailable
@@ -179,20 +178,25 @@ class AccessionMap:
         has_news = known is None or (issuer.is_named and issuer != known.issuer)
         return "" if has_news else number
 
-    def _settle(self, one: Wanted, number: str) -> str:
-        """Take over what the disk assigned, or assign from memory where it did not."""
+    def _assign(self, one: Wanted) -> tuple[str, Origin]:
+        """Assign from memory, to be written later."""
         origin, prefix = one
-        if not number:
-            number = next(
-                candidate
-                for candidate in candidates(origin, prefix)
-                if self._is_free(candidate, origin)
-            )
-            if origin.issuer.is_named or number not in self._pending:
-                self._pending[number] = origin
-            if len(self._pending) > self._pending_limit:
-                self._pending.popitem(last=False)
-                self._lost += 1
+        number = next(
+            candidate
+            for candidate in candidates(origin, prefix)
+            if self._is_free(candidate, origin)
+        )
+        held = self._known.get(number)
+        if held is not None and not origin.issuer.is_named:
+            origin = held
+        self._pending[number] = origin
+        if len(self._pending) > self._pending_limit:
+            self._pending.popitem(last=False)
+            self._lost += 1
+        return number, origin
+
+    def _take(self, one: Wanted, number: str, origin: Origin) -> str:
+        """Keep in memory what was assigned, with its issuer if that is known."""
         self._know(number, origin)
         self._numbers[_key(one)] = number
         if len(self._numbers) > self._known_limit:
@@ -204,26 +208,26 @@ class AccessionMap:
         return held is None or held.is_same(origin)
 
     def _know(self, number: str, origin: Origin) -> None:
-        known = self._known.get(number)
-        if known is None or origin.issuer.is_named:
-            self._known[number] = origin
+        self._known[number] = origin
         self._known.move_to_end(number)
         if len(self._known) > self._known_limit:
             self._known.popitem(last=False)
 
     # -------------------------------------------------------------------- disk
 
-    def _assign_on_disk(self, wanted: Iterable[Wanted], now: int) -> dict[Wanted, str]:
+    def _assign_on_disk(
+        self, wanted: Iterable[Wanted], now: int
+    ) -> dict[Wanted, tuple[str, Origin]]:
         """In the thread: find or assign every number, in one transaction."""
 
-        def assign(file: sqlite3.Connection) -> dict[Wanted, str]:
+        def assign(file: sqlite3.Connection) -> dict[Wanted, tuple[str, Origin]]:
             with file:
                 file.execute("BEGIN IMMEDIATE")
                 return {
                     (origin, prefix): next(
-                        candidate
+                        (candidate, stored)
                         for candidate in candidates(origin, prefix)
-                        if _claim(file, candidate, origin, now)
+                        if (stored := _claim(file, candidate, origin, now)) is not None
                     )
                     for origin, prefix in wanted
                 }
@@ -237,7 +241,9 @@ class AccessionMap:
             with file:
                 file.execute("BEGIN IMMEDIATE")
                 return [
-                    number for number, origin in pending if not _claim(file, number, origin, now)
+                    number
+                    for number, origin in pending
+                    if _claim(file, number, origin, now) is None
                 ]
 
         return self._file.run(save)
@@ -342,16 +348,20 @@ def _find(file: sqlite3.Connection, number: str) -> tuple[Origin, int] | None:
     return Origin(source, original, Domain(namespace, universal_id, universal_id_type)), last_seen
 
 
-def _claim(file: sqlite3.Connection, number: str, origin: Origin, now: int) -> bool:
-    """Let *number* stand for *origin*, within a transaction; False if it stands for another."""
+def _claim(file: sqlite3.Connection, number: str, origin: Origin, now: int) -> Origin | None:
+    """Let *number* stand for *origin*, within a transaction, unless it stands for another.
+
+    Returns:
+        The origin with what is known of its issuer; None if the number is another's.
+    """
     found = _find(file, number)
     if found is not None:
         held, last_seen = found
         if not held.is_same(origin):
-            return False
+            return None
         issuer = origin.issuer if origin.issuer.is_named else held.issuer
         if issuer == held.issuer and now - last_seen < _DAY_SECONDS:
-            return True
+            return held
     else:
         issuer = origin.issuer
     file.execute(
@@ -366,4 +376,4 @@ def _claim(file: sqlite3.Connection, number: str, origin: Origin, now: int) -> b
             now,
         ),
     )
-    return True
+    return Origin(origin.source, origin.number, issuer)

@@ -544,6 +544,24 @@ async def test_lookups_go_on_while_a_table_is_read(
     assert await reference.lookup(ME, NORTH) == (north("N7"),)
 
 
+async def test_first_table_that_grows_while_it_is_read_is_read_again(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_watch: LogWatch
+) -> None:
+    """What was written to meanwhile is not in force until it keeps still."""
+
+    def grow(file: Path, *rest: Any) -> None:
+        monkeypatch.setattr(table_module, "build", build)
+        build(file, *rest)
+        with file.open("a") as stream:
+            stream.write("L3,N3,S3\n")
+
+    monkeypatch.setattr(table_module, "build", grow)
+    reference = await start()
+
+    assert await reference.lookup(local("L3"), NORTH) == (north("N3"),)
+    assert [told["count"] for told in log_watch.named("cross_reference_table_loaded")] == [5]
+
+
 async def test_next_start_uses_the_index_that_is_there(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

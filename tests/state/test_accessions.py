@@ -192,6 +192,24 @@ async def test_issuer_is_learnt_and_not_unlearnt(tmp_path: Path) -> None:
     await accessions.close()
     accessions = await reopened(tmp_path)
     assert await assign(accessions, ONE) == number
+    assert await accessions.find(number) == named
+    await accessions.close()
+    accessions = await reopened(tmp_path)
+
+    assert await accessions.find(number) == named
+    await accessions.close()
+
+
+async def test_issuer_is_not_unlearnt_while_the_disk_fails(tmp_path: Path, disk: Disk) -> None:
+    """An answer that names no issuer does not overwrite what is to be written."""
+    accessions = await reopened(tmp_path)
+    disk.error = FULL
+    named = Origin(ONE.source, ONE.number, RIS)
+    number = await assign(accessions, named)
+    accessions._numbers.clear()
+    assert await assign(accessions, ONE) == number
+    assert await accessions.find(number) == named
+    disk.error = None
     await accessions.close()
     accessions = await reopened(tmp_path)
 
@@ -262,6 +280,14 @@ async def test_files_are_the_owners_alone(accessions: AccessionMap, tmp_path: Pa
 
     assert set(modes) >= {FILE_NAME, f"{FILE_NAME}-wal"}
     assert set(modes.values()) == {0o600}
+
+
+def test_what_is_assigned_survives_a_power_cut(tmp_path: Path) -> None:
+    """A number that was shown is on the disk itself, not on its way there."""
+    file = AccessionMap(tmp_path)._file
+
+    assert file.run(lambda open_file: open_file.execute("PRAGMA synchronous").fetchone()) == (2,)
+    file.close()
 
 
 @pytest.mark.parametrize("content", [b"no database at all", b"SQLite format 3\0" + b"\xff" * 5000])
