@@ -29,6 +29,9 @@ from dicomproxy.tasks import OwnerClosed, TaskOwner
 SEVERAL_IDS: Final = "several_ids"
 """The reason of a cross-reference that knows several IDs in one domain, and is to give none."""
 
+UNKNOWN_DOMAIN: Final = "unknown_domain"
+"""The reason of a cross-reference that does not know a domain it is asked about."""
+
 _ATTEMPTS: Final = 3
 _MOST_LOOKUPS: Final = 256
 _MOST_FORGOTTEN: Final = 1_000
@@ -50,7 +53,8 @@ class IdentityUnresolved(Exception):
     """A foreign ID does not lead to exactly one local ID; carries no value.
 
     Args:
-        reason: ``no_local_id`` or ``several_local_ids``.
+        reason: ``no_local_id``, ``several_local_ids``, or ``unknown_issuer`` where its
+            data set names a domain that nobody here knows.
     """
 
     def __init__(self, reason: str) -> None:
@@ -180,6 +184,9 @@ class Identities:
         except CrossReferenceError as error:
             if error.reason == SEVERAL_IDS:
                 raise IdentityUnresolved("several_local_ids") from None
+            if error.reason == UNKNOWN_DOMAIN and patient.domain not in tuple(self.domains):
+                # Not ours and not the source's: a patient of somebody else, no outage.
+                raise IdentityUnresolved("unknown_issuer") from None
             raise
         if len(found) != 1:
             raise IdentityUnresolved("several_local_ids" if found else "no_local_id")
