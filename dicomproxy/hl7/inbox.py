@@ -30,6 +30,7 @@ from dicomproxy.tasks import TaskOwner
 
 T = TypeVar("T")
 
+SEGMENT_SEQUENCE_ERROR: Final = 100
 REQUIRED_FIELD_MISSING: Final = 101
 DATA_TYPE_ERROR: Final = 102
 TABLE_VALUE_NOT_FOUND: Final = 103
@@ -163,12 +164,9 @@ class Inbox:
             message = await self._parsed(content)
             self._check(message)
         except UnknownCharacterSet:
-            header = parse_header(content)
-            return self._answer(header, "AR", TABLE_VALUE_NOT_FOUND, "MSH^1^18")
-        except MalformedMessage as error:
-            _ANSWERED.labels("malformed").inc()
-            _log.warning("mllp_message_refused", reason=error.reason, bytes=len(content))
-            raise
+            return self._answer(_header(content), "AR", TABLE_VALUE_NOT_FOUND, "MSH^1^18")
+        except MalformedMessage:
+            return self._answer(_header(content), "AR", SEGMENT_SEQUENCE_ERROR)
         except Refusal as refusal:
             code = "AR" if refusal.permanent else "AE"
             return self._answer(message, code, refusal.code, refusal.location)
@@ -306,3 +304,17 @@ class Inbox:
     async def _on_disk(self, work: Callable[..., T], *arguments: object) -> T:
         async with asyncio.timeout(self._disk_seconds):
             return await asyncio.get_running_loop().run_in_executor(self._disk, work, *arguments)
+
+
+def _header(content: bytes) -> Message:
+    """Return what can be read of a message that cannot be read.
+
+    Raises:
+        MalformedMessage: not even that.
+    """
+    try:
+        return parse_header(content)
+    except MalformedMessage as error:
+        _ANSWERED.labels("malformed").inc()
+        _log.warning("mllp_message_refused", reason=error.reason, bytes=len(content))
+        raise

@@ -106,7 +106,9 @@ class MllpListener:
         while True:
             try:
                 accepted, peer = await loop.sock_accept(listening)
-            except OSError as error:  # no descriptor left, or the caller is gone already
+            except ConnectionError:  # the caller is gone already
+                continue
+            except OSError as error:  # no descriptor left
                 _log.error("mllp_accept_failed", **error_fields(error))
                 await asyncio.sleep(_ACCEPT_PAUSE_SECONDS)
                 continue

@@ -87,15 +87,15 @@ class Message:
         return range(1, count + 1)
 
     def segments(self) -> Iterator[Place]:
-        """Yield every segment in the order of the message."""
+        """Yield every segment in the order of the message, its name in capitals."""
         seen: dict[str, int] = {}
-        for name in self._parsed.segments():
+        for name in map(str.upper, self._parsed.segments()):
             seen[name] = seen.get(name, 0) + 1
             yield Place(name, seen[name])
 
     def has(self, segment: str) -> bool:
         """Tell whether a segment of that name is there."""
-        return segment in self._parsed.segments()
+        return any(place.segment == segment for place in self.segments())
 
 
 def parse(frame: bytes) -> Message:
@@ -103,13 +103,14 @@ def parse(frame: bytes) -> Message:
 
     Raises:
         UnknownCharacterSet: what it declares is not known.
-        MalformedMessage: it is no message.
+        MalformedMessage: it is no message, or a line of it is no segment: a value
+            that was torn by a line end could be half an ID.
     """
     return _parsed(decode(frame))
 
 
 def parse_header(frame: bytes) -> Message:
-    """Read a message whose character set is unknown far enough to answer it: its header.
+    """Read a message that cannot be read as a whole far enough to answer it: its header.
 
     Raises:
         MalformedMessage: it is no message.

@@ -126,6 +126,7 @@ async def test_every_subscriber_of_a_type_gets_it(path: Path) -> None:
             message("M1", patient_id="é").replace(b"|2.5\r", b"|2.5||||||EBCDIC\r"),
             ("AR", "M1", "103"),
         ),
+        (message("M1") + b"torn value\r", ("AR", "M1", "100")),
     ],
 )
 async def test_what_nobody_asked_for_is_refused(

@@ -45,6 +45,25 @@ def test_values_are_found_by_position() -> None:
     assert not read.has("PV1")
 
 
+def test_segments_are_found_however_they_are_written() -> None:
+    """Small letters are the same name, and a blank before it is none of it."""
+    read = parse(message("pid|1||A", "PID|2||B", " PID|3||C", "mrg|O"))
+    pids = [Place("PID", number) for number in (1, 2, 3)]
+    assert list(read.segments()) == [Place("MSH"), *pids, Place("MRG")]
+    assert [read.get(place, 3) for place in pids] == ["A", "B", "C"]
+    assert read.get("MRG", 1) == "O"
+    assert read.has("MRG")
+
+
+@pytest.mark.parametrize("line", ["PIDX|3||C", "|", "rest of a text", "X^^^N"])
+def test_a_line_that_is_no_segment_costs_the_message(line: str) -> None:
+    """A value was torn there, and what is left of it may be half an ID; its header is read."""
+    frame = message("PID|1||A", line, "PV1|1")
+    with pytest.raises(MalformedMessage, match="no_message"):
+        parse(frame)
+    assert parse_header(frame).control_id == "M1"
+
+
 @pytest.mark.parametrize(
     ("field", "count"), [("", 1), ("A", 1), ("A~B", 2), ("A~~B~", 4), ("^^^N~", 2)]
 )
@@ -124,7 +143,7 @@ def test_any_bytes_are_read_or_refused(tail: bytes) -> None:
         except MalformedMessage:
             continue
         for place in read.segments():
-            for repetition in read.repetitions(place, 3) if place.segment.isalnum() else ():
+            for repetition in read.repetitions(place, 3):
                 read.get(place, 3, repetition=repetition)
         assert isinstance(read.control_id + read.code + read.trigger + read.version, str)
 
