@@ -99,7 +99,7 @@ class PixCrossReference:
         try:
             question = self._question(patient, domain, control_id)
             found = await self._client.exchange(
-                question, lambda content: _read_answer(content, control_id, domain)
+                question, lambda content: read_answer(content, control_id, domain)
             )
         except MalformedMessage as error:  # our own: a character set that lacks a character
             raise CrossReferenceError(Failure.PROTOCOL, error.reason) from None
@@ -134,7 +134,7 @@ class PixCrossReference:
 # ------------------------------------------------------------ reading an answer
 
 
-def _read_answer(content: bytes, control_id: str, domain: Domain) -> tuple[PatientId, ...]:
+def read_answer(content: bytes, control_id: str, domain: Domain) -> tuple[PatientId, ...]:
     """Return the IDs that an RSP^K23 gives for *domain* (ITI TF-2 3.9.4.2.2.6).
 
     Raises:

@@ -85,7 +85,7 @@ class PixmCrossReference:
                 "targetSystem": target,
             }
         )
-        values = _read_answer(status, body, target)
+        values = read_answer(status, body, target)
         if len(values) > 1 and self._settings.several_ids is SeveralIds.NONE:
             raise CrossReferenceError(Failure.STATUS, "several_ids")
         return tuple(PatientId(value, domain) for value in values)
@@ -184,7 +184,7 @@ def system_of(domain: Domain) -> str:
 # ------------------------------------------------------------ reading an answer
 
 
-def _read_answer(status: int, body: bytes, target: str) -> tuple[str, ...]:
+def read_answer(status: int, body: bytes, target: str) -> tuple[str, ...]:
     """Return the IDs that an answer gives for *target*, each once.
 
     Raises:

@@ -82,3 +82,17 @@ def test_a_message_that_would_end_its_frame_is_not_sent(byte: bytes) -> None:
     """Nobody could read it as one."""
     with pytest.raises(FrameError, match="control_byte_in_message"):
         frame(b"A" + byte)
+
+
+@given(st.binary(max_size=300), st.integers(1, 50))
+def test_any_bytes_are_messages_or_refused(data: bytes, step: int) -> None:
+    """Within the limit, and without a byte of the frame."""
+    reader = FrameReader(20)
+    try:
+        for start in range(0, len(data), step):
+            reader.feed(data[start : start + step])
+            while (content := reader.next()) is not None:
+                assert len(content) <= 20
+                assert not {0x0B, 0x1C} & set(content)
+    except FrameError:
+        pass
