@@ -106,6 +106,10 @@ class CrossReferenceEntry(Section):
     sending_facility: IssuerText | None = key("MSH-4; for type pix", None)
     receiving_application: IssuerText | None = key("MSH-5; for type pix", None)
     receiving_facility: IssuerText | None = key("MSH-6; for type pix", None)
+    charset: Annotated[
+        Literal["UNICODE UTF-8", "8859/1", "8859/2", "8859/5", "8859/15", "GB 18030-2000"],
+        choice("UNICODE UTF-8", "8859/1", "8859/2", "8859/5", "8859/15", "GB 18030-2000"),
+    ] = key("MSH-18 of questions, where ASCII does not do; for type pix", "UNICODE UTF-8")
     several_ids: Annotated[Literal["all", "none"], choice("all", "none")] = key(
         "What to make of several IDs of a person in one domain: all are theirs, or none can be "
         "relied on and the source is not asked",

@@ -26,6 +26,7 @@ _ALLOWED: Final[dict[str, set[str]]] = {
         "sending_facility",
         "receiving_application",
         "receiving_facility",
+        "charset",
         "several_ids",
         "timeout",
         "connections",
