@@ -212,7 +212,7 @@ def _patches(header: Header, edits: Mapping[int, bytes]) -> tuple[list[Patch], s
 def _segments(header: Header, patches: list[Patch]) -> Iterator[bytes | Copy]:
     """Yield the segments; short ranges between patches become new bytes with them."""
     window = Window(header.read)
-    pending: list[bytes] = []
+    pending: list[bytes | bytearray] = []
     position = 0
     for start, end, new in patches:
         size = start - position

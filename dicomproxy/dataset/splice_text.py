@@ -36,6 +36,8 @@ from dicomproxy.dataset.splice_walk import (
 Terms = tuple[str, ...]
 
 _MAX_TEXT_BYTES: Final = 16 * 1024 * 1024
+_FOLDED_GAP_BYTES: Final = 1024
+_FOLDED_BYTES: Final = 1024 * 1024
 _LENGTH: Final = {False: Struct("<L").pack, True: Struct(">L").pack}
 _SHORT_LENGTH: Final = {False: Struct("<H").pack, True: Struct(">H").pack}
 _LONG_HEAD: Final = {False: Struct("<HH2sxxL").pack, True: Struct(">HH2sxxL").pack}
@@ -46,7 +48,7 @@ class Patch(NamedTuple):
 
     start: int
     end: int
-    new: bytes
+    new: bytes | bytearray
 
 
 def to_unicode(
@@ -102,6 +104,10 @@ def to_unicode(
     except _Unreadable:
         del texts.patches[before:]
     return texts.patches, groups
+
+
+def _start(patch: Patch) -> int:
+    return patch.start
 
 
 class _Unreadable(Exception):
@@ -187,7 +193,9 @@ class _Texts:
             raise _Unreadable
         end = position + length
         growth = 0
+        begin = len(self.patches)
         while length == UNDEFINED or position < end:
+            before = len(self.patches)
             head = self.head(position, encoding)
             if head.tag == SEQUENCE_END:
                 position = head.value
@@ -204,9 +212,34 @@ class _Texts:
             if grown and head.length != UNDEFINED:
                 self._resize(head.value, head.length + grown, encoding)
             growth += grown
+            self._fold(before, begin)
         if position != end:
             raise _Unreadable
         return position, growth
+
+    def _fold(self, before: int, begin: int) -> None:
+        """Join the patches of an item, from *before* on, to those of the items before it.
+
+        Nothing between two of them changes any more. Thousands of items with a
+        text each would else be thousands of patches, and many times their size.
+        """
+        fresh = self.patches[before:]
+        del self.patches[before:]
+        fresh.sort(key=_start)
+        for patch in fresh:
+            last = self.patches[-1] if len(self.patches) > begin else None
+            gap = patch.start - last.end if last is not None else 0
+            if (
+                last is not None
+                and isinstance(last.new, bytearray)
+                and gap <= _FOLDED_GAP_BYTES
+                and len(last.new) < _FOLDED_BYTES
+            ):
+                last.new.extend(self._window.bytes(last.end, gap) if gap else b"")
+                last.new.extend(patch.new)
+                self.patches[-1] = Patch(last.start, patch.end, last.new)
+            else:
+                self.patches.append(Patch(patch.start, patch.end, bytearray(patch.new)))
 
     def _item(
         self, position: int, length: int, encoding: Encoding, terms: Terms, depth: int

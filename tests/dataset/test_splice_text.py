@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import tracemalloc
 import warnings
 from typing import Any
 
@@ -272,3 +273,26 @@ def test_a_text_that_is_too_long_is_refused() -> None:
     data = LATIN + element(COMMENTS, b"UT", b"\xe4" * (16 * 1024 * 1024 + 2))
     with pytest.raises(SpliceError):
         converted(data)
+
+
+def test_thousands_of_texts_take_no_more_memory_than_they_are_long() -> None:
+    """What is held while text is converted is the new text, not a note for each of its parts."""
+    item = implicit(ITEM, element(0x00209157, b"UL", b"1234") + element(COMMENTS, b"LT", OLD * 20))
+    count = 20_000
+    groups = element(0x52009230, b"SQ", item * count)
+    data = LATIN + groups
+    new = implicit(ITEM, element(0x00209157, b"UL", b"1234") + element(COMMENTS, b"LT", NEW * 20))
+    expected = UTF8 + element(0x52009230, b"SQ", new * count)
+    header = scan(
+        lambda at, size: data[at : at + size], len(data), EXPLICIT_VR_LITTLE_ENDIAN, {CHARSET}
+    )
+
+    tracemalloc.start()
+    try:
+        made = splice(header, UNICODE, unicode=True)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert b"".join(made.chunks()) == expected
+    assert peak < 3 * len(expected)
