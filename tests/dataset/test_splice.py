@@ -564,6 +564,14 @@ def test_what_is_no_data_set_is_refused(data: bytes) -> None:
         spliced(data, EXPLICIT_VR_LITTLE_ENDIAN, NEW_ID)
 
 
+def test_too_many_elements_are_refused() -> None:
+    """What is remembered of a data set has a bound, whatever it consists of."""
+    tags = (0x00090000 + number for number in range(300_000))
+    data = b"".join(struct.pack("<HHL", tag >> 16, tag & 0xFFFF, 0) for tag in tags)
+    with pytest.raises(SpliceError):
+        spliced(data, IMPLICIT_VR_LITTLE_ENDIAN, NEW_ID)
+
+
 @given(st.data())
 def test_any_bytes_give_a_splice_or_an_error(data: st.DataObject) -> None:
     """Mutated headers never raise anything else, and a splice is as long as it says."""
