@@ -43,6 +43,8 @@ T = TypeVar("T")
 
 _MOST_WAITING: Final = 256
 _SETTLE_SECONDS: Final = 1.0
+_RETRY_SECONDS: Final = 30.0
+_NAME_DIGITS: Final = 32
 _NOT_THERE: Final = -1
 
 _log = get_logger()
@@ -96,7 +98,7 @@ class TableCrossReference:
     Args:
         name: its name in the configuration; indexes are named after it.
         file: the table.
-        directory: where its indexes go; nothing else begins with *name* there.
+        directory: where its indexes go; other tables' may be there too.
         domains: what the names in the table mean.
         on_change: called when another content is in force than before.
         look_seconds: how often the file is looked at.
@@ -130,6 +132,7 @@ class TableCrossReference:
         self._looked = asyncio.Condition()
         self._looking = False
         self._looks = 0
+        self._pause_seconds = look_seconds
         self._unreadable = False
         self._stop = threading.Event()
         self._owner = TaskOwner(f"table-{name}")
@@ -226,7 +229,8 @@ class TableCrossReference:
         future.add_done_callback(self._answered)
         try:
             async with asyncio.timeout(self._deadline_seconds):
-                return await future
+                # Shielded: what hangs in the thread goes on counting as waiting.
+                return await asyncio.shield(future)
         except TimeoutError:
             raise CrossReferenceError(Failure.TIMEOUT, "disk") from None
         except sqlite3.Error as error:
@@ -263,29 +267,34 @@ class TableCrossReference:
                     self._looks += 1
                     self._looked.notify_all()
             try:
-                # One that changes is looked at again before long.
-                async with asyncio.timeout(
-                    self._look_seconds if still else min(self._look_seconds, _SETTLE_SECONDS)
-                ):
+                async with asyncio.timeout(self._pause_seconds):
                     await self._look_now.wait()
             except TimeoutError:
                 pass
 
     async def _look_once(self) -> bool:
         """Take what the file holds if that is new; whether the file keeps still."""
+        self._pause_seconds = self._look_seconds
         try:
             signature = await self._in_build_thread(lambda: _signature(self._file))
-            seen, self._seen = self._seen, signature
+        except OSError as error:
+            self._failed(error)
+            return True
+        seen, self._seen = self._seen, signature
+        try:
             if signature == self._tried and not self._unreadable:
                 return True
             if self._table is not None and signature != seen:
-                return False
+                raise Changing
             table = await self._in_build_thread(lambda: self._load(signature))
         except (Changing, Stopped):
+            self._pause_seconds = min(self._look_seconds, _SETTLE_SECONDS)
             return False
         except TableError as error:
             self._refuse(CrossReferenceError(Failure.PROTOCOL, "table_refused"), error.faults)
         except (OSError, sqlite3.Error) as error:
+            # A disk is at fault, full perhaps: a large table is not read all the time.
+            self._pause_seconds = max(self._look_seconds, _RETRY_SECONDS)
             self._failed(error)
             return True
         else:
@@ -300,7 +309,7 @@ class TableCrossReference:
     def _load(self, signature: _Signature) -> _Table:
         """In the build thread: find or make the index of what the file holds."""
         digest = content_hash(self._file, self._stop.is_set)
-        path = self._directory / f"{self._name}-{digest[:32]}.sqlite3"
+        path = self._directory / f"{self._name}-{digest[:_NAME_DIGITS]}.sqlite3"
         try:
             table = _open(path, self._domains)
         except sqlite3.Error:
@@ -310,10 +319,14 @@ class TableCrossReference:
         if _signature(self._file) != signature:
             table.index.close()
             raise Changing
-        for other in self._directory.glob(f"{self._name}-*.sqlite3"):
+        of_this_table = f"{self._name}-{'[0-9a-f]' * _NAME_DIGITS}.*"
+        for other in self._directory.glob(of_this_table):
             # Whoever still reads one keeps it open.
             if other != path:
                 other.unlink(missing_ok=True)
+        if self._stop.is_set():
+            table.index.close()
+            raise Stopped
         return table
 
     def _take(self, table: _Table) -> None:

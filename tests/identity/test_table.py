@@ -483,6 +483,31 @@ async def test_missing_table_is_an_outage_until_it_comes(
     assert await reference.lookup(ME, NORTH) == (north("N1"),)
 
 
+async def test_full_disk_is_tried_again_now_and_then(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_watch: LogWatch
+) -> None:
+    """An index that does not fit is told once, and a large table is not read all the time."""
+    tries = []
+
+    def full(*_: Any) -> None:
+        tries.append(1)
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(table_module, "build", full)
+    reference = await start(look_seconds=0.01)
+    with pytest.raises(CrossReferenceError, match="table_unreadable"):
+        await reference.lookup(ME, NORTH)
+    assert reference._pause_seconds == 30
+    async with asyncio.timeout(10):
+        await reference.look()
+    assert len(tries) == 2
+    assert len(log_watch.named("cross_reference_table_refused")) == 1
+    monkeypatch.setattr(table_module, "build", build)
+    async with asyncio.timeout(10):
+        await reference.look()
+    assert await reference.lookup(ME, NORTH) == (north("N1"),)
+
+
 async def test_table_that_vanishes_stays_in_force(start: Start, tmp_path: Path) -> None:
     """What was read answers although its file is gone, and the file may come back unchanged."""
     reference = await start()
@@ -583,11 +608,16 @@ async def test_crash_while_building_leaves_nothing_that_is_used(
     state.mkdir()
     digest = sha256(write(tmp_path / "ids.csv", WIDE).read_bytes()).hexdigest()
     (state / f"regional-{digest[:32]}.part").write_bytes(b"half an index")
-    (state / "regional-0123.sqlite3").write_bytes(b"of another content")
+    (state / f"regional-{'0' * 32}.part").write_bytes(b"half of another")
+    (state / f"regional-{'0' * 32}.sqlite3").write_bytes(b"of another content")
+    (state / f"regional-2-{'0' * 32}.sqlite3").write_bytes(b"of another table")
     reference = await start(None)
 
     assert await reference.lookup(ME, NORTH) == (north("N1"),)
-    assert [path.name for path in state.iterdir()] == [f"regional-{digest[:32]}.sqlite3"]
+    assert {path.name for path in state.iterdir()} == {
+        f"regional-{digest[:32]}.sqlite3",
+        f"regional-2-{'0' * 32}.sqlite3",
+    }
 
 
 @pytest.mark.parametrize("content", [b"", b"no database", b"SQLite format 3\0" + b"\0" * 4096])
@@ -644,6 +674,28 @@ async def test_disk_that_hangs_is_an_outage(start: Start, monkeypatch: pytest.Mo
     refused = [one for one in found if isinstance(one, CrossReferenceError)]
     assert {one.reason for one in refused} == {"too_many_lookups"}
     assert len(refused) < 300
+    assert await reference.lookup(ME, NORTH) == (north("N1"),)
+
+
+async def test_lookups_that_nobody_waits_for_count_until_they_end(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a disk hangs no queue grows, however many lookups give up."""
+    reference = await start(deadline_seconds=0.05)
+    go = threading.Event()
+    original = TableIndex.foreign
+
+    def held(self: TableIndex, local_id: str, name: int) -> str | None:
+        assert go.wait(10)
+        return original(self, local_id, name)
+
+    monkeypatch.setattr(TableIndex, "foreign", held)
+    monkeypatch.setattr(table_module, "_MOST_WAITING", 3)
+    for expected in ("disk", "disk", "disk", "too_many_lookups"):
+        with pytest.raises(CrossReferenceError, match=expected):
+            await reference.lookup(ME, NORTH)
+    go.set()
+    await until(lambda: reference._waiting == 0)
     assert await reference.lookup(ME, NORTH) == (north("N1"),)
 
 
