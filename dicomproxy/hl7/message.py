@@ -2,7 +2,8 @@
 
 Nothing is validated but what is needed to answer: a message is often not what its
 profile says, and is read all the same. Values come as text, the HL7 null (two
-quotation marks) included; a value that could not be decoded holds U+FFFD.
+quotation marks) included; a value that could not be decoded holds U+FFFD. Blanks at
+the end of a segment are not seen.
 """
 
 from __future__ import annotations

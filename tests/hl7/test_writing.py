@@ -97,6 +97,6 @@ def test_whatever_a_header_holds_it_is_answered(control_id: str, version: str) -
         escape(control_id).encode(),
         escape(version).encode(),
     )
-    answer = parse(acknowledgement(parse(frame), "AR", control_id="K", at=AT, error=200))
-    assert answer.get("MSA", 1) == "AR"
-    assert answer.get("MSA", 2) == control_id
+    answer = acknowledgement(parse(frame), "AR", control_id="K", at=AT, error=200)
+    assert parse(answer).get("MSA", 1) == "AR"
+    assert f"\r{segment('MSA', 'AR', control_id)}\r".encode() in answer
