@@ -29,7 +29,7 @@ from dicomproxy.dataset.part10 import Part10Error, read_file_meta
 from dicomproxy.dataset.patient import Domain, PatientId
 from dicomproxy.dataset.splice import Decision, Read, Rewriter, SpliceError
 from dicomproxy.identity.accession import Shown
-from dicomproxy.identity.coercion import LocalPatient, accession_numbers, coerce
+from dicomproxy.identity.coercion import SIGNATURES, LocalPatient, accession_numbers, coerce
 from dicomproxy.identity.safety import Demographics, demographics_of
 from dicomproxy.wiring import coercion_settings, domain
 
@@ -87,7 +87,7 @@ def _coerce(
         return decision
 
     size = os.fstat(file.fileno()).st_size - begin
-    rewriter = Rewriter(own.tags, decide, required=(_PATIENT_ID,))
+    rewriter = Rewriter(own.tags, decide, required=(_PATIENT_ID,), further=SIGNATURES)
     result = rewriter.rewrite(_reading(file, begin), size, meta.transfer_syntax_uid)
     _write(options.outfile, _all(_reading(file, 0)(0, begin), result.chunks()))
     print("\n".join(shown) if shown else "nothing is changed")

@@ -266,6 +266,7 @@ class Rewriter:
         wanted: tags of the elements that *decide* is shown.
         decide: the rule. It depends on nothing but its argument.
         required: as for :func:`scan`.
+        further: likewise; *decide* is shown those that were found.
     """
 
     def __init__(
@@ -273,10 +274,12 @@ class Rewriter:
         wanted: Collection[int],
         decide: Callable[[Identifier], Decision],
         required: Collection[int] = (),
+        further: Collection[int] = (),
     ) -> None:
         self._wanted = wanted if isinstance(wanted, frozenset) else frozenset(wanted)
         self._decide = decide
         self._required = required
+        self._further = further
         self._remembered: dict[
             tuple[Encoding, bytes], tuple[Mapping[int, bytes], tuple[str, ...] | None]
         ] = {}
@@ -296,7 +299,9 @@ class Rewriter:
             inflated = Inflated(read)
             read, size_bytes = inflated.read, inflated.size_bytes
             transfer_syntax_uid = EXPLICIT_VR_LITTLE_ENDIAN
-        header = scan(read, size_bytes, transfer_syntax_uid, self._wanted, self._required)
+        header = scan(
+            read, size_bytes, transfer_syntax_uid, self._wanted, self._required, self._further
+        )
         spliced = _splice(header, *self._decided(header))
         return _DeflatedSplice(spliced) if deflated else spliced
 

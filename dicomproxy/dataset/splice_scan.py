@@ -94,24 +94,27 @@ def scan(
     transfer_syntax_uid: str,
     wanted: Collection[int],
     required: Collection[int] = (),
+    further: Collection[int] = (),
 ) -> Header:
     """Find the top-level elements of a data set, and read those of *wanted*.
 
     Stepping ends at the first value of undefined length behind the last wanted
-    tag, unless elements are out of order or one of *required* was not found
-    until there: then the whole data set is searched.
+    tag, unless elements are out of order, one of *required* was not found until
+    there, or one of *further* was: then the whole data set is searched.
 
     Args:
         size_bytes: of the data set.
         transfer_syntax_uid: not the deflated one; see :class:`Rewriter`.
         wanted: tags of which at least one is named.
+        required: of them those without which a data set is suspicious.
+        further: tags that are read as well where stepping gets to them.
 
     Raises:
         SpliceError: the bytes are no data set, or a wanted value is too long.
     """
     window = Window(read)
     encoding = top_encoding(window, size_bytes, transfer_syntax_uid)
-    steps = _Steps(window, size_bytes, encoding, wanted, required)
+    steps = _Steps(window, size_bytes, encoding, wanted, required, further)
     steps.walk()
     places = dict(zip(steps.tags, range(len(steps.tags)), strict=True))
     return Header(
@@ -124,7 +127,7 @@ def scan(
         steps.end,
         0xFFFFFFFF if steps.end >= size_bytes else steps.limit,
         steps.ordered,
-        _raw(window, steps, places, wanted),
+        _raw(window, steps, places, (*wanted, *further)),
     )
 
 
@@ -138,12 +141,14 @@ class _Steps:
         encoding: Encoding,
         wanted: Collection[int],
         required: Collection[int],
+        further: Collection[int],
     ) -> None:
         self._window = window
         self._size_bytes = size_bytes
         self._encoding = encoding
         self._wanted = wanted
         self._required = required
+        self._further = further
         self.limit = max(wanted)
         self.tags: list[int] = []
         self.starts: list[int] = []
@@ -232,6 +237,8 @@ class _Steps:
             if not self._passed:
                 self._passed = True
                 self._thorough = not set(self._required) <= set(self.tags)
+            if tag in self._further:
+                self._thorough = True
             if length == UNDEFINED and self.ordered and not self._thorough:
                 return True
         return False

@@ -58,6 +58,8 @@ _MODALITIES_IN_STUDY: Final = 0x00080061
 _STUDY_DESCRIPTION: Final = 0x00081030
 _STUDY_ID: Final = 0x00200010
 _PATIENT_ID: Final = 0x00100020
+SIGNATURES: Final = frozenset({0x4FFE0001, 0xFFFAFFFA})
+"""MAC Parameters Sequence and Digital Signatures Sequence (PS3.3 C.12.1.1.3)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,8 @@ def coerce(
     """Decide what is changed in an object.
 
     Args:
-        view: the elements of :attr:`CoercionSettings.tags` that the object has.
+        view: the elements of :attr:`CoercionSettings.tags` that the object has, and
+            of :data:`SIGNATURES`.
         patient: who the patient is here; None leaves the patient as they are.
         accessions: what to show for each foreign accession number that
             :func:`accession_numbers` finds; one without an entry is emptied. None
@@ -157,6 +160,8 @@ def coerce(
     edits = dict(_differences(before, work))
     if not edits:
         return Decision({})
+    # They would not hold for what is delivered; the record keeps them for what came.
+    edits.update((tag, None) for tag in SIGNATURES if tag in view)
     unicode = before is not view
     if unicode:
         edits[SPECIFIC_CHARACTER_SET] = work.element(SPECIFIC_CHARACTER_SET)
@@ -215,7 +220,7 @@ class Coercer(Rewriter):
         def decide(view: Identifier) -> Decision:
             return coerce(view, patient, settings, accessions, at, destination)
 
-        super().__init__(settings.tags, decide, required=(_PATIENT_ID,))
+        super().__init__(settings.tags, decide, required=(_PATIENT_ID,), further=SIGNATURES)
 
 
 # ---------------------------------------------------------------------- deciding

@@ -316,6 +316,25 @@ def test_an_element_behind_the_pixels_is_found_when_it_was_not_before() -> None:
     assert whole(made) == MODALITY + pixels + NEW_PATIENT
 
 
+@pytest.mark.parametrize("revealed", [True, False])
+def test_a_further_element_makes_the_walk_go_to_the_end(revealed: bool) -> None:
+    """One is found behind fragments where another one announces it, and not looked for else."""
+    announcement = explicit(0x4FFE0001, b"SQ", b"")
+    last = explicit(0xFFFAFFFA, b"SQ", b"")
+    fragments = b"\xfe\xff\x00\xe0\4\0\0\0" + b"\1\2\3\4" + b"\xfe\xff\xdd\xe0\0\0\0\0"
+    pixels = explicit(0x7FE00010, b"OB", fragments, 0xFFFFFFFF)
+    data = PATIENT + (announcement if revealed else b"") + pixels + last
+
+    def decide(view: Identifier) -> Decision:
+        assert (0xFFFAFFFA in view) is revealed
+        return Decision({**NEW_ID, **dict.fromkeys((0x4FFE0001, 0xFFFAFFFA))})
+
+    rewriter = Rewriter(WANTED, decide, further=(0x4FFE0001, 0xFFFAFFFA))
+    made = rewriter.rewrite(reading(data), len(data), "1.2.840.10008.1.2.4.50")
+
+    assert whole(made) == NEW_PATIENT + pixels + (b"" if revealed else last)
+
+
 @pytest.mark.parametrize("declared", UNCOMPRESSED[:2])
 @pytest.mark.parametrize("written", UNCOMPRESSED[:2])
 def test_vrs_against_the_transfer_syntax_are_followed(declared: str, written: str) -> None:

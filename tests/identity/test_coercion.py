@@ -415,6 +415,25 @@ def test_earlier_records_are_kept() -> None:
     assert found.OriginalAttributesSequence[0] == earlier
 
 
+@pytest.mark.parametrize("syntax", [EXPLICIT_VR_LITTLE_ENDIAN, "1.2.840.10008.1.2.4.70"])
+def test_signatures_go_with_what_they_signed(syntax: str) -> None:
+    """They would not hold any more; the record has them."""
+    dataset = instance(
+        transfer_syntax_uid=syntax,
+        MACParametersSequence=Sequence([item(MACIDNumber=1)]),
+        DigitalSignaturesSequence=Sequence([item(MACIDNumber=1, Signature=b"1234")]),
+    )
+    found = coerced(dataset)
+
+    assert "MACParametersSequence" not in found
+    assert "DigitalSignaturesSequence" not in found
+    assert previous(found).MACParametersSequence == dataset.MACParametersSequence
+    assert previous(found).DigitalSignaturesSequence == dataset.DigitalSignaturesSequence
+    assert found.PixelData == dataset.PixelData
+    settings = CoercionSettings("north", "DICOMPROXY", NORTH, keep_study_id=True)
+    assert coerced_bytes(dataset, None, settings, None) == data_set_bytes(dataset)
+
+
 def test_the_same_input_gives_the_same_bytes() -> None:
     """Two coercions of one object are one object."""
     dataset = requested()
