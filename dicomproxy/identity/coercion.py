@@ -71,10 +71,17 @@ class LocalPatient:
         demographics: name, birth date and sex as the local PACS has them, empty
             values included; None where they are not known, and then those of the
             object are kept.
+
+    Raises:
+        ValueError: the ID is empty, which would leave an object without a patient.
     """
 
     patient_id: PatientId
     demographics: Demographics | None = None
+
+    def __post_init__(self) -> None:
+        if not self.patient_id.value:
+            raise ValueError("a local patient has an ID")
 
     def __repr__(self) -> str:
         # Values stay out: a representation may end in a log.
@@ -206,7 +213,7 @@ def coerce_answer(
 class Coercer(Rewriter):
     """Rewrites the instances of one delivery; see :func:`coerce` for its arguments.
 
-    Used by one thread at a time. Its :meth:`rewrite` raises CannotEncode too.
+    Several threads may use it. Its :meth:`rewrite` raises CannotEncode too.
     """
 
     def __init__(

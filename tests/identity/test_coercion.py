@@ -504,6 +504,12 @@ def test_an_answer_has_no_key_that_was_not_asked_for() -> None:
     assert row.text(0x00100020) == PATIENT_ID
 
 
+def test_nobody_is_made_a_patient_without_an_id() -> None:
+    """An object never loses its Patient ID for want of a local one."""
+    with pytest.raises(ValueError):
+        LocalPatient(PatientId("", HERE))
+
+
 # ------------------------------------------------------------------- what is logged
 
 
