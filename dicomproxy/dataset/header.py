@@ -40,6 +40,9 @@ _SEQUENCE_END: Final = 0xFFFEE0DD
 
 _SPECIFIC_CHARACTER_SET: Final = 0x00080005
 _SERIES_INSTANCE_UID: Final = 0x0020000E
+_ISSUER_QUALIFIERS: Final = 0x00100024
+_UNIVERSAL_ENTITY_ID: Final = 0x00400032
+_UNIVERSAL_ENTITY_ID_TYPE: Final = 0x00400033
 _FIELDS: Final = frozenset(
     {
         _SPECIFIC_CHARACTER_SET,
@@ -47,6 +50,7 @@ _FIELDS: Final = frozenset(
         0x00080018,
         0x00100020,
         0x00100021,
+        _ISSUER_QUALIFIERS,
         0x00100030,
         0x00100040,
         0x0020000D,
@@ -68,7 +72,11 @@ class HeaderError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class InstanceHeader:
-    """What an instance says of itself; empty where it says nothing."""
+    """What an instance says of itself; empty where it says nothing.
+
+    ``issuer_universal_id`` and its type are from the first item of Issuer of
+    Patient ID Qualifiers Sequence (0010,0024).
+    """
 
     sop_class_uid: str
     sop_instance_uid: str
@@ -79,6 +87,8 @@ class InstanceHeader:
     patient_birth_date: str
     patient_sex: str
     specific_character_set: tuple[str, ...] = ()
+    issuer_universal_id: str = ""
+    issuer_universal_id_type: str = ""
 
 
 def read_header(read: Read, transfer_syntax_uid: str) -> InstanceHeader:
@@ -119,6 +129,8 @@ def _header(found: dict[int, bytes]) -> InstanceHeader:
         patient_birth_date=text(0x00100030),
         patient_sex=text(0x00100040),
         specific_character_set=terms,
+        issuer_universal_id=decode(found.get(_UNIVERSAL_ENTITY_ID, b""), terms).strip(" \0"),
+        issuer_universal_id_type=text(_UNIVERSAL_ENTITY_ID_TYPE),
     )
 
 
@@ -167,13 +179,20 @@ class _Scanner:
                 (length,) = unpack_long(window, at + 8)
                 at += 12
                 if length == _UNDEFINED:
-                    position = self._skip(self._start + at, vr == b"UN")
+                    position = self._start + at
+                    if tag == _ISSUER_QUALIFIERS:
+                        position = self._qualify_undefined(found, position, vr == b"UN")
+                    else:
+                        position = self._skip(position, vr == b"UN")
                     window, size = self._window, len(self._window)
                     at = position - self._start
                     continue
             if tag in fields:
                 position = self._start + at
-                found[tag] = self._value(position, length)
+                if tag == _ISSUER_QUALIFIERS:
+                    self._qualify(found, position, position + length, vr == b"UN")
+                else:
+                    found[tag] = self._value(position, length)
                 if tag == _SERIES_INSTANCE_UID:
                     return found
                 window, size = self._window, len(self._window)
@@ -198,9 +217,14 @@ class _Scanner:
                 return found
             position += 8
             if length == _UNDEFINED:
-                position = self._skip(position, True)
+                if tag == _ISSUER_QUALIFIERS:
+                    position = self._qualify_undefined(found, position, True)
+                else:
+                    position = self._skip(position, True)
                 continue
-            if tag in fields:
+            if tag == _ISSUER_QUALIFIERS:
+                self._qualify(found, position, position + length, True)
+            elif tag in fields:
                 found[tag] = self._value(position, length)
                 if tag == _SERIES_INSTANCE_UID:
                     return found
@@ -238,6 +262,49 @@ class _Scanner:
             raise HeaderError("value too long")
         at = self._at(position, length)
         return self._window[at : at + length]
+
+    def _qualify(self, found: dict[int, bytes], begin: int, end: int, implicit: bool) -> None:
+        """Collect from the first item of the issuer's qualifiers what identifies it.
+
+        An item that makes no sense identifies nobody, as in a data set without one.
+        """
+        if end - begin > _MAX_VALUE_BYTES:
+            return
+        held = self._value(begin, end - begin)
+        # What a UN holds is little endian in every transfer syntax.
+        unpack = _LITTLE_ENDIAN if implicit else self._implicit
+        if len(held) < 8:
+            return
+        group, number, length = unpack(held, 0)
+        if group << 16 | number != _ITEM:
+            return
+        at, size = 8, len(held) if length == _UNDEFINED else min(8 + length, len(held))
+        while at + 8 <= size:
+            group, number, length = unpack(held, at)
+            tag = group << 16 | number
+            vr = held[at + 4 : at + 6]
+            at += 8
+            if not implicit and vr in SHORT_VRS:
+                _, _, _, length = self._explicit(held, at - 8)
+            elif not implicit:
+                if at + 4 > size:
+                    return
+                (length,) = self._long(held, at)
+                at += 4
+            if tag == _ITEM_END or length == _UNDEFINED or at + length > size:
+                return
+            if tag in (_UNIVERSAL_ENTITY_ID, _UNIVERSAL_ENTITY_ID_TYPE):
+                found[tag] = held[at : at + length]
+            at += length
+
+    def _qualify_undefined(self, found: dict[int, bytes], begin: int, implicit: bool) -> int:
+        """Do so where the sequence is of undefined length; return the position behind it."""
+        if begin + _MAX_VALUE_BYTES > self._start + len(self._window):
+            # All in view beforehand, since what is behind a window cannot be read again.
+            self._start, self._window = begin, self._read(begin, WINDOW_BYTES)
+        end = self._skip(begin, implicit)
+        self._qualify(found, begin, end, implicit)
+        return end
 
     def _skip(self, position: int, implicit: bool) -> int:
         """Return the position behind a value of undefined length (PS3.5 7.5.2).

@@ -122,7 +122,12 @@ class Domains:
     def patient_of_header(self, header: InstanceHeader, source: str = LOCAL) -> PatientId | None:
         """Return the qualified ID in the header of an instance from *source*."""
         values = (header.patient_id,) if header.patient_id else ()
-        return self._qualify(values, Domain(header.issuer_of_patient_id), source)
+        named = Domain(
+            header.issuer_of_patient_id,
+            header.issuer_universal_id,
+            header.issuer_universal_id_type,
+        )
+        return self._qualify(values, named, source)
 
     def other_ids_of(self, identifier: Identifier) -> tuple[PatientId, ...]:
         """Return the other IDs that an answer names (0010,1002), as far as each has an issuer."""

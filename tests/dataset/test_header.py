@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pydicom
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydicom import dcmread
+from pydicom import Dataset, dcmread
 from pydicom.errors import InvalidDicomError
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import write_dataset
 
 from dicomproxy.dataset.header import (
     DEFLATED_EXPLICIT_VR_LITTLE_ENDIAN,
@@ -145,6 +148,77 @@ def test_patient_ids_are_read_in_their_character_set() -> None:
     assert (header.patient_id, header.specific_character_set) == ("Ж1", ("ISO_IR 144",))
 
 
+QUALIFIER = Identifier([Element(0x00400032, "UT", b"1.2.3 "), Element(0x00400033, "CS", b"ISO ")])
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES)
+@pytest.mark.parametrize("before", [0, 8000, 8100, 8192, 20_000])
+def test_issuer_is_read_with_its_qualifiers(syntax: str, before: int) -> None:
+    """The universal ID of who issued the Patient ID is found, wherever a window ends."""
+    data_set = instance(
+        Element(0x00091001, "OB", bytes(before)),
+        Element(0x00100021, "LO", b"NORTH "),
+        Element(0x00100024, "SQ", (QUALIFIER, instance())),
+    )
+    assert read_header(reading(data_set.encode(syntax)), syntax) == replace(
+        EXPECTED,
+        issuer_of_patient_id="NORTH",
+        issuer_universal_id="1.2.3",
+        issuer_universal_id_type="ISO",
+    )
+
+
+def undefined(qualifiers: Sequence[Dataset], *, implicit: bool, before: int = 0) -> bytes:
+    """Encode an instance whose qualifiers are of undefined length, item and sequence."""
+    ds = instance(Element(0x00091001, "OB", bytes(before))).to_dataset()
+    ds.IssuerOfPatientIDQualifiersSequence = qualifiers
+    ds["IssuerOfPatientIDQualifiersSequence"].is_undefined_length = True
+    for item in qualifiers:
+        item.is_undefined_length_sequence_item = True
+    buffer = DicomBytesIO()
+    buffer.is_little_endian, buffer.is_implicit_VR = True, implicit
+    write_dataset(buffer, ds)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("before", [0, 8000, 8060, 8100, 8150, 20_000])
+@pytest.mark.parametrize("implicit", [False, True])
+@pytest.mark.parametrize("deflated", [False, True])
+def test_qualifiers_of_undefined_length_are_read(
+    before: int, implicit: bool, deflated: bool
+) -> None:
+    """Delimiters instead of lengths make no difference, nor does what is read forward only."""
+    item = Dataset()
+    item.LocalNamespaceEntityID = "X"
+    item.UniversalEntityID = "1.2.3"
+    item.UniversalEntityIDType = "ISO"
+    data = undefined([item], implicit=implicit, before=before)
+    syntax = IMPLICIT_VR_LITTLE_ENDIAN if implicit else EXPLICIT_VR_LITTLE_ENDIAN
+    if deflated:
+        deflater = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+        data, syntax = deflater.compress(data) + deflater.flush(), SYNTAXES[3]
+    assert read_header(reading(data), syntax) == replace(
+        EXPECTED, issuer_universal_id="1.2.3", issuer_universal_id_type="ISO"
+    )
+
+
+@pytest.mark.parametrize(
+    "element",
+    [
+        Element(0x00100024, "SQ", ()),
+        Element(0x00100024, "SQ", (Identifier(),)),
+        Element(0x00100024, "SQ", (Identifier([Element(0x00400032, "UT", bytes(5000))]),)),
+        Element(0x00100024, "OB", b"not items at all"),
+        Element(0x00100024, "OB", b"odd"),
+        Element(0x00100024, "OB", b"\xfe\xff\x00\xe0\x10\x00\x00\x00\x40\x00\x32\x00UT\x00\x00"),
+    ],
+)
+@pytest.mark.parametrize("syntax", SYNTAXES[:2])
+def test_qualifiers_that_say_nothing_are_stepped_over(element: Element, syntax: str) -> None:
+    """An empty, endless or broken sequence names no issuer, and costs no instance."""
+    assert read_header(reading(instance(element).encode(syntax)), syntax) == EXPECTED
+
+
 @given(st.binary(max_size=300), st.sampled_from(SYNTAXES))
 def test_any_bytes_give_a_header_or_the_one_exception(data: bytes, syntax: str) -> None:
     """Whatever arrives is a header or refused."""
@@ -160,7 +234,8 @@ def test_damaged_headers_give_a_header_or_the_one_exception(
     data: st.DataObject, syntax: str
 ) -> None:
     """Nor do bytes fail otherwise that nearly are a data set."""
-    whole = bytearray(instance(Element(0x00081110, "SQ", (instance(),))).encode(syntax))
+    odd = Element(0x00081110, "SQ", (instance(),)), Element(0x00100024, "SQ", (QUALIFIER,))
+    whole = bytearray(instance(*odd).encode(syntax))
     for _ in range(data.draw(st.integers(1, 4))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
     cut = bytes(whole[: data.draw(st.integers(0, len(whole)))])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,8 +53,10 @@ def identifier(
     return made
 
 
-def header(patient_id: str = PATIENT_ID, issuer: str = "") -> InstanceHeader:
-    return InstanceHeader("1.2", "1.3", "1.4", "1.5", patient_id, issuer, "", "")
+def header(patient_id: str, namespace: str = "", universal_id: str = "") -> InstanceHeader:
+    made = InstanceHeader("1.2", "1.3", "1.4", "1.5", patient_id, namespace, "", "")
+    kind = "ISO" if universal_id else ""
+    return replace(made, issuer_universal_id=universal_id, issuer_universal_id_type=kind)
 
 
 @pytest.mark.parametrize(
@@ -79,10 +83,9 @@ def test_issuer_in_the_data_set_counts_for_more_than_the_configured_one(
     answer = identifier(PATIENT_ID, namespace=namespace, universal_id=universal_id)
 
     assert DOMAINS.patient_of(answer, source) == PatientId(PATIENT_ID, expected)
-    if not universal_id:
-        assert DOMAINS.patient_of_header(header(issuer=namespace), source) == PatientId(
-            PATIENT_ID, expected
-        )
+    assert DOMAINS.patient_of_header(header(PATIENT_ID, namespace, universal_id), source) == (
+        PatientId(PATIENT_ID, expected)
+    )
 
 
 def test_type_of_a_universal_id_counts_where_both_name_one() -> None:
