@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from struct import Struct
 from typing import Final
 
-from dicomproxy.dataset.header import LONG_VRS, SHORT_VRS
+from dicomproxy.dataset.header import IMPLICIT_VR_LITTLE_ENDIAN, LONG_VRS, SHORT_VRS
 from dicomproxy.dataset.identifier import Element, Identifier, IdentifierError, vr_of
 from dicomproxy.dataset.levels import SPECIFIC_CHARACTER_SET
 from dicomproxy.dataset.splice_walk import (
@@ -285,14 +285,24 @@ def _view(raw: Sequence[bytes], encoding: Encoding) -> Identifier:
             else:
                 decoded.append(element)
             continue
-        try:
-            decoded.extend(Identifier.decode(data, encoding.transfer_syntax_uid))
-        except IdentifierError:
-            raise SpliceError("a sequence that cannot be read") from None
+        decoded.extend(_sequence(data, at, encoding))
     view = Identifier(decoded)
     if charset is not None:
         view.put(charset)  # last, so that items inherit it
     return view
+
+
+def _sequence(data: bytes, at: int, encoding: Encoding) -> Identifier:
+    try:
+        return Identifier.decode(data, encoding.transfer_syntax_uid)
+    except IdentifierError:
+        if encoding.implicit or encoding.big_endian:
+            raise SpliceError("a sequence that cannot be read") from None
+    try:
+        # Its items have implicit VRs, as those of some writers do: so let it be all implicit.
+        return Identifier.decode(data[:4] + data[at - 4 :], IMPLICIT_VR_LITTLE_ENDIAN)
+    except IdentifierError:
+        raise SpliceError("a sequence that cannot be read") from None
 
 
 def _reading(data: bytes) -> Read:

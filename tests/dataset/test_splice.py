@@ -418,6 +418,22 @@ def test_a_decision_is_made_once_for_equal_headers() -> None:
     assert len(asked) == 6
 
 
+@pytest.mark.parametrize("undefined", [True, False])
+def test_items_with_implicit_vrs_are_read_where_explicit_ones_are_due(undefined: bool) -> None:
+    """Some writers do that; what they say is shown, and another edit leaves it as it is."""
+    inner = struct.pack("<HHL", 0x0010, 0x0020, 2) + b"12"
+    items = struct.pack("<HHL", 0xFFFE, 0xE000, len(inner)) + inner
+    if undefined:
+        items += b"\xfe\xff\xdd\xe0\0\0\0\0"
+    sequence = explicit(0x00101002, b"SQ", items, 0xFFFFFFFF if undefined else None)
+    data = PATIENT + sequence + PIXELS
+
+    view = header_of(data, EXPLICIT_VR_LITTLE_ENDIAN).view()
+
+    assert [one.text(0x00100020) for one in view.items(0x00101002)] == ["12"]
+    assert spliced(data, EXPLICIT_VR_LITTLE_ENDIAN, NEW_ID) == NEW_PATIENT + sequence + PIXELS
+
+
 # ------------------------------------------------------------------ size and bounds
 
 
