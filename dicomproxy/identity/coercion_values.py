@@ -23,11 +23,12 @@ def put(work: Identifier, tag: int, text: str) -> None:
 
 
 def put_items(work: Identifier, tag: int, items: Sequence[Identifier]) -> None:
-    """Give a sequence its items; without any it is removed."""
+    """Give a sequence its items, made for or copied from *work*; without any it is removed."""
     if not items:
         work.remove(tag)
     elif not same_items(work.items(tag), items):
-        work.set_items(tag, items)
+        # As they are: each is written in the character set of *work* already.
+        work.put(Element(tag, "SQ", tuple(items)))
 
 
 def same_items(some: Sequence[Identifier], others: Sequence[Identifier]) -> bool:
