@@ -61,8 +61,8 @@ def record(
     edits[INSTANCE_COERCION_DATETIME] = Element(
         INSTANCE_COERCION_DATETIME, "DT", stamp.encode("ascii")
     )
-    # An object without a character set that becomes Unicode has none to keep.
-    keeps_bytes = before is view or SPECIFIC_CHARACTER_SET in view
+    # An object that names no character set, and becomes Unicode, has none to keep.
+    keeps_bytes = before is view or bool(view.specific_character_set)
     original = view if keeps_bytes else before
     kept = {*edits}
     for tag, issuers in _BELONGS.items():

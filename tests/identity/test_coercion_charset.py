@@ -19,7 +19,7 @@ from dicomproxy.dataset.header import (
     EXPLICIT_VR_LITTLE_ENDIAN,
     IMPLICIT_VR_LITTLE_ENDIAN,
 )
-from dicomproxy.dataset.identifier import Identifier
+from dicomproxy.dataset.identifier import Element, Identifier
 from dicomproxy.dataset.part10 import build_file_meta
 from dicomproxy.dataset.patient import Domain, PatientId
 from dicomproxy.identity.accession import Shown
@@ -139,6 +139,31 @@ def test_only_what_does_not_fit_changes_the_character_set(
         assert kept.SpecificCharacterSet == NAMES[foreign][0]
     else:
         assert "SpecificCharacterSet" not in kept
+
+
+@pytest.mark.parametrize("declared", [None, ""])
+def test_text_without_a_character_set_is_kept_as_it_is_shown(declared: str | None) -> None:
+    """Latin-1 that nobody declared is common; in Unicode it says so, in the record too."""
+    dataset = of_script("ascii", PatientID="1")
+    data = Identifier.from_dataset(dataset)
+    data.remove(0x00080005)
+    if declared is not None:
+        data.put(Element(0x00080005, "CS", b""))
+    data.put(Element(0x00100010, "PN", "Müller".encode("latin_1")))
+    data.put(Element(0x00080080, "LO", "Süd".encode("latin_1")))
+    patient = LocalPatient(PatientId("L-1", HERE), Demographics("Анна", "", ""))
+
+    encoded = data.encode(EXPLICIT_VR_LITTLE_ENDIAN)
+    made = Coercer(patient, SETTINGS, None, AT).rewrite(
+        lambda at, size: encoded[at : at + size], len(encoded), EXPLICIT_VR_LITTLE_ENDIAN
+    )
+    found = read(dataset, b"".join(made.chunks()))
+
+    assert found.SpecificCharacterSet == "ISO_IR 192"
+    assert (found.PatientName, found.InstitutionName) == ("Анна", "Süd")
+    (kept,) = found.OriginalAttributesSequence[0].ModifiedAttributesSequence
+    assert kept.PatientName == "Müller"
+    assert "SpecificCharacterSet" not in kept
 
 
 @pytest.mark.parametrize("local", NAMES)
