@@ -166,8 +166,7 @@ class AccessionMap:
             raise AccessionsUnavailable
         (row,) = found
         if row is None:
-            # Assigned from memory while the disk was asked?
-            return self._known.get(number) or self._pending.get(number)
+            return None
         self._know(number, row[0])
         return row[0]
 

@@ -69,7 +69,8 @@ async def test_locations_of_a_patient_are_forgotten(tmp_path: Path, known: str) 
     await store.close()
 
 
-async def test_what_is_remembered_later_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flushed", [False, True])
+async def test_what_is_remembered_later_stays(tmp_path: Path, flushed: bool) -> None:
     """A study that is located anew under the same ID is not taken along by the writing."""
     store = await opened(tmp_path)
     store.remember(SOME)
@@ -78,6 +79,9 @@ async def test_what_is_remembered_later_stays(tmp_path: Path) -> None:
     store.remember([at("1.2")])
 
     assert await store.find("1.2") == (at("1.2"),)
+    if flushed:
+        async with asyncio.timeout(10):
+            await store.flush()
     await store.close()
     store = await opened(tmp_path)
     assert await store.find("1.2") == (at("1.2"),)
@@ -123,15 +127,26 @@ async def test_forgetting_waits_for_a_disk_that_fails(
     """While nothing can be deleted what is on disk is not believed, and is deleted later."""
     store.remember(SOME)
     await store.flush()
-    original = Database.forget_patients
+    original, read = Database.forget_patients, Database.read
+    reads: list[str] = []
 
     def fail(*_: object) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
+    def counted(self: Database, study: str) -> tuple[Location, ...]:
+        reads.append(study)
+        return read(self, study)
+
     monkeypatch.setattr(Database, "forget_patients", fail)
+    monkeypatch.setattr(Database, "read", counted)
     store.forget_patients([ME])
     await until(lambda: store.degraded)
+    async with asyncio.timeout(10):
+        while not reads:
+            assert at("1.1") not in await store.find("1.1")
+            await asyncio.sleep(0)
     assert at("1.1") not in await store.find("1.1")
+    assert store.degraded  # that it can be read proves nothing
     monkeypatch.setattr(Database, "forget_patients", original)
     async with asyncio.timeout(10):
         await store.flush()
