@@ -106,6 +106,15 @@ class Domains:
         """Tell whether *domain* is the local one."""
         return domain == self.local or domain.matches(self.local)
 
+    def at_sources(self, patients: Iterable[PatientId]) -> set[tuple[str, str]]:
+        """Return where *patients* are known by these very IDs: each a source and the ID there."""
+        return {
+            (source, patient.value)
+            for patient in map(self.canonical_id, patients)
+            for source in self._names
+            if self.of(source) == patient.domain
+        }
+
     def canonical(self, domain: Domain) -> Domain:
         """Return the configured domain that *domain* means, itself where none is meant."""
         return next((known for known in self if domain == known or domain.matches(known)), domain)

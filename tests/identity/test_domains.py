@@ -151,6 +151,13 @@ def test_domain_has_the_names_that_a_table_may_use(name: str, expected: Domain |
     assert DOMAINS.named(name) == expected
 
 
+def test_ids_are_known_at_every_source_of_their_domain() -> None:
+    """What is remembered by source and ID can be forgotten for a person."""
+    gone = [PatientId(PATIENT_ID, HOSPITAL), PatientId("N1", Domain("NORTH")), PatientId("X")]
+
+    assert DOMAINS.at_sources(gone) == {("sister", PATIENT_ID), ("north", "N1"), ("loose", "N1")}
+
+
 def test_other_ids_are_read_with_their_issuers() -> None:
     """Other Patient IDs count only with an issuer, each once, in the domain as configured."""
     answer = identifier(PATIENT_ID)
