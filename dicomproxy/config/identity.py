@@ -20,6 +20,7 @@ from dicomproxy.config.values import (
     choice,
     whole,
 )
+from dicomproxy.dataset.patient import Domain
 
 _UniversalIdType = Literal["DNS", "EUI64", "ISO", "URI", "UUID", "X400", "X500"]
 
@@ -38,7 +39,13 @@ class DomainSection(Section):
     @property
     def is_named(self) -> bool:
         """Whether anything identifies it."""
-        return self.namespace is not None or self.universal_id is not None
+        return self.domain.is_named
+
+    @property
+    def domain(self) -> Domain:
+        """The value that it is; a type without an ID means nothing."""
+        kind = self.universal_id_type if self.universal_id else ""
+        return Domain(self.namespace or "", self.universal_id or "", kind)
 
 
 DomainKey = Annotated[DomainSection, TextIs("namespace")]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dicomproxy.config import ConfigError, Settings, load, loads
+from dicomproxy.dataset.patient import Domain
 
 PROXY = "proxy: {ae_title: DICOMPROXY}\n"
 CACHE = "cache: {directory: /c, max_size: 1GB}\n"
@@ -42,23 +43,24 @@ def test_everything_has_a_default() -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "namespace", "universal_id", "universal_id_type"),
+    ("written", "domain"),
     [
-        ("HOSPITAL", "HOSPITAL", None, "ISO"),
-        ("{namespace: HOSPITAL}", "HOSPITAL", None, "ISO"),
-        ("{universal_id: 1.2.3}", None, "1.2.3", "ISO"),
-        ("{universal_id: h.example, universal_id_type: DNS}", None, "h.example", "DNS"),
-        ("", None, None, "ISO"),
+        ("HOSPITAL", Domain("HOSPITAL")),
+        ("{namespace: HOSPITAL}", Domain("HOSPITAL")),
+        ("{universal_id: 1.2.3}", Domain("", "1.2.3", "ISO")),
+        (
+            "{namespace: H, universal_id: h.example, universal_id_type: DNS}",
+            Domain("H", "h.example", "DNS"),
+        ),
+        ("", Domain()),
     ],
 )
-def test_domain_is_a_namespace_or_a_mapping(
-    written: str, namespace: str | None, universal_id: str | None, universal_id_type: str
-) -> None:
+def test_domain_is_a_namespace_or_a_mapping(written: str, domain: Domain) -> None:
     """A text is a namespace; universal IDs are written as a mapping; nothing is no domain."""
     found = read(local=LOCAL.replace("HOSPITAL", written)).local.patient_id_issuer
 
-    assert (found.namespace, found.universal_id) == (namespace, universal_id)
-    assert found.universal_id_type == universal_id_type
+    assert found.domain == domain
+    assert found.is_named == domain.is_named
 
 
 def test_cross_references_are_read_with_their_keys() -> None:
