@@ -1517,6 +1517,50 @@ async def test_local_pacs_that_was_kept_out_is_asked_again(build: Build, status:
     assert (len(world.local_pacs.moves), workstation.closed) == (2, 1)
 
 
+async def test_local_pacs_that_was_kept_out_is_asked_again_after_many_studies(
+    build: Build,
+) -> None:
+    """Studies that wait for what it leaves keep none from being delivered before it is asked."""
+    uids = [f"1.8.{number}" for number in range(1, 9)]
+    local = Archive(LOCAL, *(study(1, uid=uid) for uid in uids))
+    north = Archive("north", *(study(1, 1, uid=uid) for uid in uids))
+    world, workstation = build(north, local=local, relay=True), Workstation()
+    world.know(north, local)
+    workstation.gate, world.local_pacs.gate = asyncio.Event(), asyncio.Event()
+    lost = tuple(f"{uid}.1.1" for uid in uids)
+    world.local_pacs.script = [
+        RetrieveProgress(failed=8, final=True, status=0xA702, failed_sop_instance_uids=lost)
+    ]
+    world.local_pacs.later = [[RetrieveProgress(completed=8, final=True, status=0)]]
+    async with running(world.operation(workstation, study_request(*uids))) as task:
+        await workstation.waiting.wait()
+        world.local_pacs.gate.set()
+        workstation.gate.set()
+    assert task.result() == RetrieveOutcome(0x0000, completed=16)
+    assert len(world.local_pacs.moves) == 2
+
+
+async def test_studies_held_by_one_source_alone_do_not_wait_for_the_local_pacs(
+    build: Build,
+) -> None:
+    """However many studies wait for what it leaves, what only others hold comes meanwhile."""
+    shared = [f"1.8.{number}" for number in range(1, 9)]
+    local = Archive(LOCAL, *(study(1, uid=uid) for uid in shared))
+    north = Archive("north", study(3), *(study(1, uid=uid) for uid in shared))
+    world, workstation = build(north, local=local, relay=True), Workstation()
+    world.know(north, local)
+    world.local_pacs.gate = asyncio.Event()
+    world.local_pacs.script = [
+        RetrieveProgress(remaining=8),
+        RetrieveProgress(completed=8, final=True, status=0),
+    ]
+    async with running(world.operation(workstation, study_request(*shared, STUDY))) as task:
+        await until(lambda: len(workstation.received) == 3)
+        assert not task.done()
+        world.local_pacs.gate.set()
+    assert task.result() == RetrieveOutcome(0x0000, completed=11)
+
+
 @pytest.mark.parametrize(
     ("script", "status"),
     [
