@@ -354,6 +354,35 @@ class Clock:
         return self.now
 
 
+async def test_who_asks_again_at_once_does_not_overtake_who_waits() -> None:
+    """A slot goes to the next in line at once, not to whoever comes first after that."""
+    async with pooled(ceiling=1) as at:
+        lease = await at.lease()
+        waiting = asyncio.create_task(at.lease())
+        await until(lambda: bool(at.pool._waiters))
+        lease.done()
+        with pytest.raises(AssociationTimeout):
+            await at.lease(seconds=SHORT)  # asks before the one that waits has been woken
+        (await waiting).done()
+
+
+async def test_risen_ceiling_serves_all_who_waited_for_it() -> None:
+    """What was lowered for a while is the ceiling again, for those in line as well."""
+    clock = Clock()
+    async with pooled(ceiling=3, clock=clock) as at:
+        at.pool._lowered_to, at.pool._lowered_at = 1, clock.now
+        lease = await at.lease()
+        waiting = [asyncio.create_task(at.lease()) for _ in range(3)]
+        await until(lambda: len(at.pool._waiters) == 3)
+        clock.now += 60.0
+        lease.done()
+        async with asyncio.timeout(5):
+            leases = await asyncio.gather(*waiting)
+        assert at.pool.in_use == 3
+        for each in leases:
+            each.done()
+
+
 async def test_transient_rejection_lowers_the_ceiling_and_waits() -> None:
     """A peer that takes one association gets one; the second user waits for the first."""
     clock = Clock()
