@@ -193,7 +193,10 @@ class DiskInstanceStore:
             self._thread.post(study.contents.live.clear)
 
     async def evict(self, study_instance_uid: str) -> str:
-        """Evict a study if it may go: ``evicted``, ``not_held``, ``in_use`` or ``pinned``."""
+        """Evict a study if it may go.
+
+        Returns ``evicted``, or why not: ``not_held``, ``in_use``, ``pinned`` or ``failed``.
+        """
         return await self._thread.ask(partial(self._evict_as_asked, study_instance_uid))
 
     async def pin(self, study_instance_uid: str, pinned: bool) -> bool:
