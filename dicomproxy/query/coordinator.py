@@ -359,6 +359,7 @@ class QueryCoordinator:
     async def _ask(self, query: Query, leg: Leg) -> None:
         """Put the questions of one leg to its source. Fails nobody else."""
         source = self._sources[leg.source]
+        answered = False
         try:
             async with asyncio.timeout(_LEG_SECONDS):
                 for question, study in zip(
@@ -366,11 +367,13 @@ class QueryCoordinator:
                 ):
                     async with _closing(source.find(question)) as rows:
                         async for row in rows:
+                            answered = True
                             leg.rows += 1
                             if self._take_remote(query, leg, row, study) is Verdict.TOO_MANY:
                                 break
+                    answered = True
         except SourceError as error:
-            leg.asked = error.failure is not Failure.BREAKER
+            leg.asked = answered or error.failure is not Failure.BREAKER
             query.failed(leg, error.failure, status=error.status)
         except TimeoutError:
             query.failed(leg, Failure.TIMEOUT)

@@ -18,7 +18,7 @@ from dicomproxy.dataset.levels import (
     STUDY_INSTANCE_UID,
     Root,
 )
-from dicomproxy.ports import Failure, LocalAnswer, Location, SourceError
+from dicomproxy.ports import Failure, LocalAnswer, Location, SourceError, SourceQuery
 from dicomproxy.query import coordinator as module
 from dicomproxy.query import merge
 from dicomproxy.query.coordinator import Answer, Answers, QueryCoordinator, QuerySummary
@@ -359,6 +359,25 @@ async def test_an_open_breaker_discloses_nothing() -> None:
         await it.answers()
     assert it.audit.events == []
     assert it.summary.failed_sources == ("north",)
+
+
+async def test_what_was_asked_before_the_breaker_opened_is_recorded() -> None:
+    """Of several questions to one source the first had left the house."""
+    north = ScriptedSource("north")
+
+    async def once(query: SourceQuery) -> AsyncIterator[Identifier]:
+        north.asked.append(query)
+        if len(north.asked) > 1:
+            raise SourceError("north", Failure.BREAKER)
+        return
+        yield  # pragma: no cover
+
+    north.find = once  # type: ignore[method-assign]
+    keys = {"QueryRetrieveLevel": "SERIES", "StudyInstanceUID": "1.1\\1.2", "SeriesInstanceUID": ""}
+    async with bench(ScriptedLocal(), north) as it:
+        await it.answers(**keys)
+    assert len(north.asked) == 2
+    assert list(it.audit.outcomes()) == ["north"]
 
 
 @pytest.mark.parametrize(
