@@ -246,7 +246,9 @@ class Application:
                 async with asyncio.timeout(_RETIRED_SECONDS):
                     await routing.acceptor.wait_idle()
             # A study may be fetched to its end although whoever asked for it has gone.
-            await self._foundation.flights.wait_unused(routing.sources)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_RETIRED_SECONDS):
+                    await self._foundation.flights.wait_unused(routing.sources)
         finally:
             await routing.close()
 

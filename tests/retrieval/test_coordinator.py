@@ -22,7 +22,7 @@ from dicomproxy.ports import (
     SourceError,
     SourceQuery,
 )
-from dicomproxy.retrieval import orders
+from dicomproxy.retrieval import flights, orders
 from dicomproxy.retrieval import relay as relay_module
 from dicomproxy.retrieval.coordinator import RetrieveCoordinator, RetrieveOutcome, RetrieveRequest
 from dicomproxy.retrieval.holder import Holder
@@ -1285,6 +1285,64 @@ async def test_a_source_that_was_replaced_is_in_use_until_it_has_answered(
             gate.set()
     async with asyncio.timeout(SECONDS):
         await unused
+
+
+async def test_a_source_that_was_replaced_is_unused_once_its_orders_have_ended(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flight that goes on by a newer one, for however long, keeps the former open no longer."""
+    monkeypatch.setattr(flights, "_RECHECK_SECONDS", 0.01)
+    old, new, gate = Archive("north", study(3)), Archive("north", study(3)), asyncio.Event()
+    old.gate = lambda uid: gate
+    world = build(old)
+    first, second = (
+        FlightRequest(
+            STUDY, Selection(), (Holder(source, PATIENT_ID),), frozenset({"north"}), PATIENT_ID
+        )
+        for source in (old, new)
+    )
+    new.arrivals = world.arrivals
+    async with (
+        asyncio.timeout(SECONDS),
+        world.flights.join(first),
+        world.flights.join(second),
+    ):
+        await until(lambda: bool(old.orders))
+        unused = asyncio.create_task(world.flights.wait_unused([old]))
+        await settle()
+        assert not unused.done()
+        gate.set()
+        await unused
+
+
+async def test_closing_lets_a_flight_that_is_ending_end(build: Build) -> None:
+    """It gives its study back although its orders take a while to be cancelled."""
+    north, gate = Archive("north", study(3)), asyncio.Event()
+    north.gate = lambda uid: asyncio.Event()
+    steps = north.retrieve
+
+    async def slow_to_end(order: RetrieveOrder) -> AsyncIterator[RetrieveProgress]:
+        try:
+            async for step in steps(order):
+                yield step
+        finally:
+            await gate.wait()
+
+    north.retrieve = slow_to_end  # type: ignore[method-assign]
+    world = build(north)
+    world.know(north)
+    operation = world.operation(Workstation())
+    async with running(operation) as task, asyncio.timeout(SECONDS):
+        await until(lambda: bool(north.orders))
+        await settle()
+        operation.cancel()
+        await until(lambda: len(world.flights) == 0)
+        task.cancel()
+        closing = asyncio.create_task(world.flights.close())
+        await settle()
+        gate.set()
+        await closing
+    assert world.store.leases == 0
 
 
 @pytest.mark.parametrize("round_trip", [0.0, 0.03])
