@@ -66,6 +66,7 @@ class Application:
         self.ready = False
         self.draining = False
         self.operations = Operations()
+        self._started_with = settings
         self._config_file = config_file
         self._stack = AsyncExitStack()
         self._tasks = TaskOwner("app")
@@ -220,8 +221,11 @@ class Application:
                     key=fault.path,
                 )
             return False
+        if self.draining:
+            return False  # it would take in the work that is being turned away
+        started_with = self._started_with
         kept = [
-            name for name, read in _NEEDS_RESTART.items() if read(settings) != read(self.settings)
+            name for name, read in _NEEDS_RESTART.items() if read(settings) != read(started_with)
         ]
         if kept:
             _log.warning("reload_needs_restart", keys=kept)
