@@ -137,7 +137,11 @@ class Database:
             return self._attempt(job)
         except _Unusable as unusable:
             self._set_aside(unusable.reason)
-        return self._attempt(job)
+        try:
+            return self._attempt(job)
+        except _Unusable as unusable:
+            # A new file is no better: it is the disk that fails.
+            raise sqlite3.DatabaseError(unusable.reason) from None
 
     def _attempt(self, job: Callable[[sqlite3.Connection], T]) -> T:
         try:

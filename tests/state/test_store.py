@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from dicomproxy.ports import Location
 from dicomproxy.state import StateStore
-from dicomproxy.state.database import FILE_NAME, Changes, Database
+from dicomproxy.state.database import FILE_NAME, Changes, Database, _Unusable
 from tests.sentinel import PATIENT_ID
 from tests.support.log_watch import LogWatch
 
@@ -251,6 +251,29 @@ async def test_file_of_another_kind_is_set_aside(
     connection = sqlite3.connect(tmp_path / f"{FILE_NAME}.damaged")
     assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [("other",)]
     connection.close()
+
+
+async def test_disk_on_which_a_new_file_is_damaged_too_is_a_failing_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is failed by it, and what was remembered is written once the disk is well."""
+    store = await reopened(tmp_path, retry_seconds=0.01)
+    await store._ask(store._database.close, "close")
+
+    def damaged(_database: Database) -> sqlite3.Connection:
+        raise _Unusable("damaged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Database, "_open", damaged)
+        assert await store.find("1.2") == ()
+        store.remember([at("1.1")])
+        await until(lambda: store.degraded)
+    async with asyncio.timeout(10):
+        await store.flush()
+    await store.close()
+    store = await reopened(tmp_path)
+    assert await store.find("1.1") == (at("1.1"),)
+    await store.close()
 
 
 async def test_file_damaged_while_in_use_is_set_aside(tmp_path: Path, log_watch: LogWatch) -> None:
