@@ -152,10 +152,7 @@ class Application:
         SIGHUP reloads, SIGUSR1 logs every task.
         """
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._signalled, number)
-        loop.add_signal_handler(signal.SIGHUP, self._hangup)
-        loop.add_signal_handler(signal.SIGUSR1, log_tasks)
+        self.heed_signals()
         try:
             await self._stop.wait()
             await self.drain()
@@ -163,6 +160,14 @@ class Application:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
                 loop.remove_signal_handler(number)
             await self.close()
+
+    def heed_signals(self) -> None:
+        """Let no signal end the process halfway; told to stop while it starts, it stops then."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled, number)
+        loop.add_signal_handler(signal.SIGHUP, self._hangup)
+        loop.add_signal_handler(signal.SIGUSR1, log_tasks)
 
     def _signalled(self, number: int) -> None:
         self._signals += 1
@@ -267,6 +272,7 @@ def serve(settings: Settings, config_file: Path) -> int:
 async def _serve(settings: Settings, config_file: Path) -> int:
     asyncio.get_running_loop().set_exception_handler(logs.loop_exception_handler)
     application = Application(settings, config_file)
+    application.heed_signals()
     try:
         await application.start()
     except Exception as error:
