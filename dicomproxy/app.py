@@ -151,14 +151,11 @@ class Application:
 
         SIGHUP reloads, SIGUSR1 logs every task.
         """
-        loop = asyncio.get_running_loop()
         self.heed_signals()
         try:
             await self._stop.wait()
             await self.drain()
         finally:
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-                loop.remove_signal_handler(number)
             await self.close()
 
     def heed_signals(self) -> None:
@@ -168,6 +165,16 @@ class Application:
             loop.add_signal_handler(number, self._signalled, number)
         loop.add_signal_handler(signal.SIGHUP, self._hangup)
         loop.add_signal_handler(signal.SIGUSR1, log_tasks)
+
+    def ignore_signals(self) -> None:
+        """Let none end the process in its last moments: who tells it twice gets its exit code too.
+
+        Not when a loop of somebody else's runs this: it is for the rest of the process.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
 
     def _signalled(self, number: int) -> None:
         self._signals += 1
@@ -205,6 +212,8 @@ class Application:
     # ---------------------------------------------------------------- reloading
 
     def _hangup(self) -> None:
+        if self.draining:
+            return
         self._tasks.spawn(self.reload(), name="reload")
 
     async def reload(self) -> bool:
@@ -274,12 +283,15 @@ async def _serve(settings: Settings, config_file: Path) -> int:
     application = Application(settings, config_file)
     application.heed_signals()
     try:
-        await application.start()
-    except Exception as error:
-        _log.critical("start_failed", **error_fields(error))
-        return 1
-    await application.run()
-    return 0
+        try:
+            await application.start()
+        except Exception as error:
+            _log.critical("start_failed", **error_fields(error))
+            return 1
+        await application.run()
+        return 0
+    finally:
+        application.ignore_signals()
 
 
 def run_on_loop(main: Callable[[], object]) -> int:

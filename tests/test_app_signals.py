@@ -1,4 +1,4 @@
-"""A signal that comes before the proxy has started."""
+"""A signal that comes before the proxy has started, and one while it ends."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from tests.peers.ports import free_port
 from tests.support.log_watch import LogWatch
 
 SECONDS = 10.0
+HEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 @pytest.fixture(autouse=True)
 def outliving() -> Iterator[None]:
     """Keep a signal that the proxy does not heed from ending the tests."""
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    before = {number: signal.signal(number, lambda *_: None) for number in HEEDED}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_proxy_told_to_stop_while_it_starts_stops_in_order(
@@ -57,4 +59,37 @@ def test_proxy_told_to_stop_while_it_starts_stops_in_order(
     finally:
         watchdog.cancel()
     assert not unheeded.is_set()
+    assert log_watch.entries[-1]["event"] == "stopped"
+
+
+def test_proxy_told_again_while_it_ends_ends_in_order(
+    tmp_path: Path, log_watch: LogWatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that comes after the first signal ends it halfway, up to its very exit."""
+    monkeypatch.setattr(app_module.logs, "configure", lambda *_: None)
+    monkeypatch.setattr(app_module.logs, "claim_output", lambda: None)
+    start, close, handlers = Application._start, Application.close, set()
+
+    async def told(self: Application) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        await start(self)
+
+    async def told_again(self: Application) -> None:
+        handlers.update(signal.getsignal(number) for number in HEEDED)
+        if signal.SIG_DFL not in handlers:  # else they would end the tests
+            for number in HEEDED:
+                os.kill(os.getpid(), number)
+        await close(self)
+
+    monkeypatch.setattr(Application, "_start", told)
+    monkeypatch.setattr(Application, "close", told_again)
+    file = tmp_path / "dicomproxy.yaml"
+    local = ("LOCALPACS", "127.0.0.1", free_port())
+    content = configuration(tmp_path, pacs=local, sources={}, workstations=[])
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+
+    assert main(["serve", "--config", str(file)]) == 0
+
+    assert signal.SIG_DFL not in handlers
+    assert {signal.getsignal(number) for number in HEEDED} == {signal.SIG_IGN}
     assert log_watch.entries[-1]["event"] == "stopped"
