@@ -38,7 +38,7 @@ from tests.e2e.support import configuration
 from tests.peers.ports import free_port
 from tests.support.log_watch import LogWatch
 
-SECONDS = 20.0
+SECONDS = 60.0
 WORKSTATION = {"ae_title": "READING1"}
 OTHER = {"ae_title": "READING2"}
 

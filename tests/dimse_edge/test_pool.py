@@ -56,7 +56,7 @@ class Setting:
     def __init__(self, pool: AssociationPool, service: Service, listener: Listener) -> None:
         self.pool, self.service, self.listener = pool, service, listener
 
-    async def lease(self, purpose: Purpose = QUERY, seconds: float = 8.0, **options: Any) -> Lease:
+    async def lease(self, purpose: Purpose = QUERY, seconds: float = 60.0, **options: Any) -> Lease:
         return await self.pool.lease(purpose, timeout_seconds=seconds, **options)
 
 
@@ -76,7 +76,7 @@ async def pooled(
 
 async def works(lease: Lease) -> None:
     """See that the leased association carries an exchange; gives it back."""
-    assert await echo(lease, 8.0) == 0
+    assert await echo(lease, 60.0) == 0
 
 
 async def test_association_given_back_serves_again() -> None:
@@ -184,7 +184,7 @@ async def test_waiter_cancelled_in_its_turn_passes_it_on() -> None:
         gone.cancel()
         with pytest.raises(asyncio.CancelledError):
             await gone
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             (await stays).done()
 
 
@@ -321,11 +321,11 @@ async def test_idle_association_ended_by_the_peer_is_replaced(how: str) -> None:
         raw_acceptor(leaves, stays) as port,
         pool_left_clean(layer, port, ceiling=1) as pool,
     ):
-        first = await pool.lease(QUERY, timeout_seconds=8)
+        first = await pool.lease(QUERY, timeout_seconds=60)
         first.done()
         go.set()
         await until(lambda: first.association.ended is not None)
-        second = await pool.lease(QUERY, timeout_seconds=8)
+        second = await pool.lease(QUERY, timeout_seconds=60)
         assert not second.reused
         second.done()
         assert ended.is_set()
@@ -376,7 +376,7 @@ async def test_risen_ceiling_serves_all_who_waited_for_it() -> None:
         await until(lambda: len(at.pool._waiters) == 3)
         clock.now += 60.0
         lease.done()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             leases = await asyncio.gather(*waiting)
         assert at.pool.in_use == 3
         for each in leases:
@@ -450,7 +450,7 @@ async def test_refused_connection_gives_the_slot_back() -> None:
         ):
             for _ in range(3):
                 with pytest.raises(ConnectFailed):
-                    await pool.lease(RETRIEVE, timeout_seconds=8)
+                    await pool.lease(RETRIEVE, timeout_seconds=60)
                 assert pool.in_use == 0
 
 
@@ -474,7 +474,7 @@ async def test_negotiation_that_fails_gives_the_slot_back(ending: str) -> None:
         pool_left_clean(layer, port, ceiling=1) as pool,
     ):
         if ending == "cancel":
-            await cancel_when(asked, pool.lease(QUERY, timeout_seconds=8))
+            await cancel_when(asked, pool.lease(QUERY, timeout_seconds=60))
         else:
             with pytest.raises(AssociationError) as caught:
                 await pool.lease(QUERY, timeout_seconds=SHORT if ending == "timeout" else 8)
@@ -497,8 +497,8 @@ async def test_lease_cancelled_while_an_idle_one_yields() -> None:
         raw_acceptor(deaf) as port,
         pool_left_clean(layer, port, ceiling=1) as pool,
     ):
-        (await pool.lease(QUERY, timeout_seconds=8)).done()
-        await cancel_when(asked, pool.lease(QUERY, timeout_seconds=8, fresh=True))
+        (await pool.lease(QUERY, timeout_seconds=60)).done()
+        await cancel_when(asked, pool.lease(QUERY, timeout_seconds=60, fresh=True))
         assert (pool.in_use, pool.idle) == (0, 0)
 
 
@@ -526,12 +526,12 @@ async def test_cancelled_operation_is_read_to_its_end_and_the_association_kept()
         raw_acceptor(play) as port,
         pool_left_clean(layer, port, ceiling=1) as pool,
     ):
-        lease = await pool.lease(QUERY, timeout_seconds=8)
+        lease = await pool.lease(QUERY, timeout_seconds=60)
         context = lease.association.context_for(STUDY_ROOT_FIND)
         await lease.association.send(context, FIND, b"")
         lease.cancel(context, 5)
         assert pool.in_use == 1  # until the peer has stopped
-        again = await pool.lease(QUERY, timeout_seconds=8)
+        again = await pool.lease(QUERY, timeout_seconds=60)
         assert again.association is lease.association
         again.done()
 
@@ -557,7 +557,7 @@ async def test_cancelled_operation_that_does_not_end_is_aborted(
         raw_acceptor(play) as port,
         pool_left_clean(layer, port, ceiling=1) as pool,
     ):
-        lease = await pool.lease(QUERY, timeout_seconds=8)
+        lease = await pool.lease(QUERY, timeout_seconds=60)
         lease.cancel(lease.association.context_for(STUDY_ROOT_FIND), 5)
         await until(lambda: pool.in_use == 0)
         assert pool.idle == 0
@@ -580,7 +580,7 @@ async def test_endless_matches_after_cancel_are_cut_off(monkeypatch: pytest.Monk
         raw_acceptor(play) as port,
         pool_left_clean(layer, port, ceiling=1) as pool,
     ):
-        lease = await pool.lease(QUERY, timeout_seconds=8)
+        lease = await pool.lease(QUERY, timeout_seconds=60)
         lease.cancel(lease.association.context_for(STUDY_ROOT_FIND), 5)
         await until(lambda: pool.in_use == 0)
         assert isinstance(lease.association.ended, AssociationAborted)
@@ -647,6 +647,6 @@ async def test_close_does_not_wait_for_a_deaf_peer(monkeypatch: pytest.MonkeyPat
         raw_acceptor(deaf) as port,
         pool_left_clean(layer, port) as pool,
     ):
-        (await pool.lease(QUERY, timeout_seconds=8)).done()
-        async with asyncio.timeout(5):
+        (await pool.lease(QUERY, timeout_seconds=60)).done()
+        async with asyncio.timeout(60):
             await pool.close()

@@ -90,7 +90,7 @@ async def test_sockets_send_without_delay_on_both_sides() -> None:
             theirs = await service.association()
             assert option(ours, socket.TCP_NODELAY) != 0
             assert option(theirs, socket.TCP_NODELAY) != 0
-            await ours.release(8.0)
+            await ours.release(60.0)
 
 
 # ---------------------------------------------------------------------- timers
@@ -289,7 +289,7 @@ async def test_protocol_error_found_after_the_association_ended_is_no_crash() ->
         async with listening(layer, Service(late)) as (_, port), raw_requestor(port) as peer:
             await peer.establish()
             await peer.send(message(1, ECHO), Abort(0, 0))
-            async with asyncio.timeout(8):
+            async with asyncio.timeout(60):
                 await got.wait()
 
 
@@ -535,7 +535,7 @@ async def test_200_megabytes_pass_through_a_few_blocks() -> None:
             assert peak < 4_000_000
             assert repr(layer.receive_pool).startswith(("BlockPool(made=1/", "BlockPool(made=2/"))
             assert repr(layer.send_pool).startswith("BlockPool(made=1/")
-            await association.release(8.0)
+            await association.release(60.0)
 
 
 class CountingSink:
@@ -629,7 +629,7 @@ async def test_associations_leave_no_descriptor_however_they_end() -> None:
                     association = await layer.request(target(port), PROPOSAL)
                     match end:
                         case "release":
-                            await association.release(8.0)
+                            await association.release(60.0)
                         case "abort":
                             association.abort()
                         case "drop":
@@ -637,7 +637,7 @@ async def test_associations_leave_no_descriptor_however_they_end() -> None:
                         case _:
                             with pytest.raises(AssociationRejected):
                                 await layer.request(target(port), PROPOSAL)
-                            await association.release(8.0)
+                            await association.release(60.0)
                     await association.wait_closed()
                     await service.end()
                     await until(lambda: layer.associations == set())
@@ -676,7 +676,7 @@ async def test_peer_that_releases_amid_our_data_set_ends_the_sending() -> None:
 
     async def releases(peer: RawPeer) -> None:
         await peer.accept(max_length=0)
-        async with asyncio.timeout(8):
+        async with asyncio.timeout(60):
             await data.reading.wait()
         await peer.send(bytes.fromhex("05000000000400000000"))
         pdu_type = 0
@@ -687,7 +687,7 @@ async def test_peer_that_releases_amid_our_data_set_ends_the_sending() -> None:
     async with layer_left_clean() as layer, raw_acceptor(releases) as port:
         association = await layer.request(target(port), PROPOSAL)
         with pytest.raises(AssociationReleased):
-            await store(association, association.context_for(CT), STORE, data, 8.0)
+            await store(association, association.context_for(CT), STORE, data, 60.0)
 
 
 async def test_abort_reads_as_abort_even_with_data_in_flight() -> None:
@@ -697,7 +697,7 @@ async def test_abort_reads_as_abort_even_with_data_in_flight() -> None:
 
     async def aborts(peer: RawPeer) -> None:
         await peer.accept(max_length=0)
-        async with asyncio.timeout(8):
+        async with asyncio.timeout(60):
             await data.reading.wait()
         await peer.send(Abort(2, 6))
 
@@ -711,5 +711,5 @@ async def test_abort_reads_as_abort_even_with_data_in_flight() -> None:
 
             group.create_task(goes_on_once_aborted())
             with pytest.raises(AssociationAborted) as caught:
-                await store(association, association.context_for(CT), STORE, data, 8.0)
+                await store(association, association.context_for(CT), STORE, data, 60.0)
         assert (caught.value.source, caught.value.reason) == (2, 6)

@@ -90,7 +90,7 @@ async def test_few_are_open_at_once_and_each_is_opened_once(store: Store) -> Non
     """However long the study, the one being sent and four more are open; one visit opens some."""
     view = View([instance(number) for number in range(20)])
     ahead = ahead_of(view, store)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while view.left:
             reader = await ahead.open(view.next())
             await opened(ahead)
@@ -107,7 +107,7 @@ async def test_what_is_passed_over_is_let_go(store: Store) -> None:
     """
     view = View([instance(number) for number in range(20)])
     ahead = ahead_of(view, store)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await (await ahead.open(view.next())).close()
         await opened(ahead)
         gone = store.open_now[:]
@@ -128,7 +128,7 @@ async def test_closed_while_opening_leaves_nothing_open(store: Store) -> None:
     view = View([instance(number) for number in range(6)])
     ahead = ahead_of(view, store)
     store.gate.clear()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await (await ahead.open(view.next())).close()
         opening = ahead._opening
         assert opening is not None

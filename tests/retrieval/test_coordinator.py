@@ -45,7 +45,7 @@ from tests.retrieval.fakes import (
 from tests.sentinel import PATIENT_ID
 from tests.support.log_watch import LogWatch
 
-SECONDS = 20
+SECONDS = 60
 
 
 @pytest.fixture
