@@ -435,15 +435,17 @@ class QueryCoordinator:
             query.recording = self._tasks.spawn(self._audit.record(*events), name="audit")
 
     async def _end(self, query: Query, tasks: list[asyncio.Task[None]]) -> None:
-        """End what must end; after a full answer, late legs may go on."""
+        """End what must end; after a full answer, late legs may go on.
+
+        All is told to end, and recorded, before anything is awaited: a C-CANCEL and
+        the end of the association right behind it cancel twice.
+        """
         cancelled = query.open
         query.open = False
+        # First, since it could still start legs.
         ending = [task for task in tasks if not task.done()]
         for task in ending:
             task.cancel()
-        if ending:
-            # First, since it could still start legs.
-            await asyncio.wait(ending, timeout=_WIND_UP_SECONDS)
         for leg in query.legs:
             if leg.task is None or leg.task.done():
                 continue
@@ -453,8 +455,11 @@ class QueryCoordinator:
                 continue
             leg.task.cancel()
             ending.append(leg.task)
-        if running := [task for task in ending if not task.done()]:
-            await asyncio.wait(running, timeout=_WIND_UP_SECONDS)
+        if cancelled:
+            with suppress(OwnerClosed):
+                self._start_recording(query)
+        if ending:
+            await asyncio.wait(ending, timeout=_WIND_UP_SECONDS)
         if cancelled:
             await self._record(query, cancelled=True)
 

@@ -477,6 +477,24 @@ async def test_a_cancelled_task_ends_every_leg() -> None:
         assert len(it.coordinator._tasks) == 0
 
 
+async def test_a_query_cancelled_twice_ends_every_leg_and_is_recorded() -> None:
+    """A C-CANCEL with the end of the association right behind it hides no disclosure."""
+    local, north = ScriptedLocal(never()), ScriptedSource("north", never())
+    async with bench(local, north) as it:
+        task = asyncio.create_task(it.answers())
+        async with asyncio.timeout(60):
+            await local.reached.wait()
+            await north.reached.wait()
+            task.cancel()
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await it.coordinator.wait_idle()
+        assert local.ended == north.ended == ["closed"]
+    assert it.audit.outcomes() == {"north": "cancelled"}
+
+
 # ------------------------------------------------------------------ identity
 
 
