@@ -276,6 +276,8 @@ async def _send(
         return await outlet.send(instance, ahead)
     except (FileNotFoundError, Refused):
         again = await subscription.replace(instance)
+        if again and subscription.is_gone(instance.sop_instance_uid):
+            return None  # dropped meanwhile: it comes only from a holder that still has it
         _log.warning(
             "instance_damaged",
             study_instance_uid=instance.study_instance_uid,
