@@ -381,24 +381,31 @@ class RetrieveOperation:
             relay.covered.add(study.study_instance_uid)
 
     async def _elsewhere(self, disclosure: Disclosure, part: Part) -> None:
-        """Look for a study again that none of its remembered holders has any more."""
+        """Look for a study again that no remembered holder has any more, or can be asked for."""
         outcome = disclosure.report.outcome
-        if outcome is None or outcome.held or part.done or self._cancelled:
+        if outcome is None or outcome.stopped or part.done or self._cancelled:
+            return
+        if outcome.held and outcome.reached:
             return
         study = disclosure.study
         unreachable: set[str] = set()
         locator = self._coordinator.locator
+        sources = locator.visible(self.caller)
+        if outcome.held:
+            asked = {holder.name for holder in study.holders}
+            sources = tuple(source for source in sources if source.name not in asked)
         found = await self._interruptible(
             locator.ask(
                 study.study_instance_uid,
                 self.request.patient_id,
-                locator.visible(self.caller),
+                sources,
                 unreachable,
             ),
             "locate",
         )
         if found is not None:
             disclosure.study = found
+            part.failure = None
             await self._deliver(disclosure, part, found.holders, self.request.selection)
         elif unreachable:
             part.failure = NUMBER_OF_MATCHES_UNKNOWN

@@ -616,6 +616,28 @@ async def test_study_that_moved_is_found_where_it_is(build: Build) -> None:
     assert (STUDY, "north") not in world.memory.known
 
 
+async def test_study_whose_remembered_holder_is_down_is_looked_for_elsewhere(build: Build) -> None:
+    """Somebody else may have it too, although only one was ever seen to."""
+    north, south = Archive("north", study(2)), Archive("south", study(2))
+    world, workstation = build(north, south), Workstation()
+    world.memory.remember([Location(STUDY, "north", PATIENT_ID)])
+    north.down()
+    outcome = await run(world.operation(workstation))
+    assert outcome == RetrieveOutcome(0x0000, completed=2)
+    assert sorted(workstation.received) == sorted(study(2).instances)
+
+
+async def test_study_whose_only_holder_is_down_is_asked_of_the_others_once(build: Build) -> None:
+    """Nobody else has it: there may be more than anybody can tell, which is no Success."""
+    north, south = Archive("north", study(2)), Archive("south")
+    world = build(north, south)
+    world.memory.remember([Location(STUDY, "north", PATIENT_ID)])
+    north.down()
+    outcome = await run(world.operation(Workstation()))
+    assert (outcome.status, outcome.completed) == (0xA701, 0)
+    assert [query.level for query in south.queries] == [Level.STUDY]
+
+
 @pytest.mark.parametrize("relay", [True, False])
 async def test_unknown_destination_is_refused(build: Build, relay: bool) -> None:
     """A remote study for a destination that nobody knows is A801, and nothing is fetched."""
