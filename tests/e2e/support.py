@@ -248,6 +248,12 @@ class Proxy:
                 total += float(found.group(3))
         return total
 
+    def retrieves_running(self) -> int:
+        """Count the retrieves under way; from another thread than the loop's."""
+        prefix = 'dicomproxy_operations_running{kind="retrieve"} '
+        lines = self.http("/metrics")[1].splitlines()
+        return sum(int(float(one[len(prefix) :])) for one in lines if one.startswith(prefix))
+
     async def fetched(self) -> int:
         """Count the instances fetched from sources since the start."""
         return int(await self.metric("dicomproxy_instances_fetched_total"))

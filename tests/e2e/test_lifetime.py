@@ -122,14 +122,20 @@ async def test_sighup_breaks_off_nothing_that_is_fetched_to_its_end(
     held = study(1, 30)
     async with setup(start, held, count=2, retrieve={"finish_abandoned": True}) as made:
         proxy, [north] = made.proxy, made.archives
-        north.delay_seconds = 0.1
+        north.delay_seconds = 0.5
         left = await made.reading.move(the_study(held), cancel_after=2)
         assert left.final.status == 0xFE00
+        north.hold()
+        north.delay_seconds = 0.0
         await reload(proxy, 1)
         assert await proxy.metric("dicomproxy_flights") == 1
         if asked_again:
-            result = await made.workstations[1].move(the_study(held))
-            assert figures(result.final) == (0x0000, 30, 0, 0)
+            async with asyncio.TaskGroup() as tasks:
+                asking = tasks.create_task(made.workstations[1].move(the_study(held)))
+                await proxy.until(lambda: proxy.retrieves_running() == 1, "asked again")
+                north.release()
+            assert figures(asking.result().final) == (0x0000, 30, 0, 0)
+        north.release()
         async with asyncio.timeout(60):
             while await proxy.metric("dicomproxy_flights"):  # noqa: ASYNC110 (another process)
                 await asyncio.sleep(0.05)
