@@ -31,6 +31,8 @@ PROPOSAL = Proposal(
 )
 SHORT = 0.2
 """Seconds: a deadline that is meant to pass."""
+AMPLE = 2.0
+"""Seconds: one that is meant to pass too, though not before something else, on a busy machine."""
 
 
 def patient(**changed: float) -> Timers:

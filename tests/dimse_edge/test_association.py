@@ -27,6 +27,7 @@ from dicomproxy.dimse.pdu import (
     ReleaseResponse,
 )
 from tests.dimse_edge.harness import (
+    AMPLE,
     PROPOSAL,
     SHORT,
     CheckingSink,
@@ -237,12 +238,12 @@ async def test_deadline_is_put_off_while_a_message_arrives() -> None:
     async def trickles(peer: RawPeer, _gate: asyncio.Event) -> None:
         await peer.send(p_data(pdv(5, 3, response(FIND, 0xFF00, data_set=True).encode())))
         for at in range(0, 80, 10):
-            await asyncio.sleep(SHORT / 3)  # the pace of the line is what is tested
+            await asyncio.sleep(AMPLE / 6)  # the pace of the line is what is tested
             await peer.send(p_data(pdv(5, 2 if at == 70 else 0, data[at : at + 10])))
         await peer.released()
 
     async with staged(trickles) as stage:
-        message = await stage.association.receive(SHORT)
+        message = await stage.association.receive(AMPLE)
         assert (message.command.status, message.data) == (0xFF00, data)
         await stage.association.release(60.0)
 

@@ -147,7 +147,7 @@ async def test_echo_that_fails_gives_the_association_up(
     """Abort, loss, release or silence: the error says which, the lease is over."""
     async with leased(play) as (pool, lease):
         with pytest.raises(error):
-            await echo(lease, SHORT)
+            await echo(lease, SHORT if error is AssociationTimeout else 60.0)
         assert (pool.in_use, pool.idle) == (0, 0)
 
 
@@ -239,8 +239,9 @@ async def test_store_that_fails_ends_the_association(
     """What became of the instance is not known, and nothing more is sent there."""
     async with leased(play) as (_, lease):
         association = lease.association
+        seconds = SHORT if error is AssociationTimeout else 60.0
         with pytest.raises(error):
-            await store(association, association.context_for(CT), STORE, Pattern(100), SHORT)
+            await store(association, association.context_for(CT), STORE, Pattern(100), seconds)
         assert not association.established
         lease.discard()
 

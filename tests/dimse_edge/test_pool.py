@@ -35,6 +35,7 @@ from dicomproxy.dimse.pdu import (
 )
 from dicomproxy.dimse.pool import AssociationPool, Lease, Purpose
 from tests.dimse_edge.harness import (
+    AMPLE,
     SHORT,
     Service,
     answer,
@@ -286,11 +287,11 @@ async def test_idle_association_expires() -> None:
 
 async def test_reused_association_does_not_expire_under_its_user() -> None:
     """The timer of an idle association stops when it is leased."""
-    async with pooled(idle_seconds=SHORT) as at:
+    async with pooled(idle_seconds=AMPLE) as at:
         (await at.lease()).done()
         lease = await at.lease()
         woken = asyncio.Event()
-        asyncio.get_running_loop().call_later(2 * SHORT, woken.set)
+        asyncio.get_running_loop().call_later(1.5 * AMPLE, woken.set)
         await woken.wait()
         assert lease.reused
         await works(lease)
@@ -477,7 +478,7 @@ async def test_negotiation_that_fails_gives_the_slot_back(ending: str) -> None:
             await cancel_when(asked, pool.lease(QUERY, timeout_seconds=60))
         else:
             with pytest.raises(AssociationError) as caught:
-                await pool.lease(QUERY, timeout_seconds=SHORT if ending == "timeout" else 8)
+                await pool.lease(QUERY, timeout_seconds=SHORT if ending == "timeout" else 60)
             assert isinstance(caught.value, AssociationTimeout) is (ending == "timeout")
         assert pool.in_use == 0
 

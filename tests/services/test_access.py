@@ -217,11 +217,11 @@ async def test_a_resolver_that_hangs_is_waited_for_once(
 ) -> None:
     """It neither delays each association anew nor has many threads waiting for it."""
     monkeypatch.setattr(module, "_RESOLVED_SECONDS", -1.0)
-    monkeypatch.setattr(module, "_RESOLVE_SECONDS", 0.05)
     control = by_name()
     resolver.addresses = ["10.0.1.1"]
     assert isinstance(await control.admit("BY_NAME", "DICOMPROXY", "10.0.1.1"), Peer)
     resolver.hold = asyncio.Event()
+    monkeypatch.setattr(module, "_RESOLVE_SECONDS", 0.05)
     at_once = (control.admit("BY_NAME", "DICOMPROXY", "10.0.1.1") for _ in range(5))
     assert all(isinstance(peer, Peer) for peer in await asyncio.gather(*at_once))
     assert isinstance(await control.admit("BY_NAME", "DICOMPROXY", "10.0.1.1"), Peer)

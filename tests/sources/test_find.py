@@ -40,7 +40,16 @@ from tests.sources.support import (
     within,
 )
 from tests.support.log_watch import LogWatch
-from tests.support.stand_in import StandIn, answers, cancelled, only, send_final, send_pending
+from tests.support.stand_in import (
+    SECONDS,
+    StandIn,
+    answers,
+    cancelled,
+    only,
+    send_final,
+    send_pending,
+)
+from tests.support.time_passes import time_passes
 
 BOTH = (PATIENT_ROOT_FIND, STUDY_ROOT_FIND)
 
@@ -273,10 +282,11 @@ async def test_silent_archive_costs_its_deadline_and_is_told_to_stop(rows_before
     async def handle(association: Association, message: Message) -> None:
         for number in range(rows_before):
             await send_pending(association, message, row(f"1.{number}"))
+        time_passes(31)
         await cancelled(association, message)
         seen.set()
 
-    async with asking(StandIn(handle), query_timeout=SHORT, breaker_failures=1) as at:
+    async with asking(StandIn(handle), query_timeout=30.0, breaker_failures=1) as at:
         with pytest.raises(SourceError) as caught:
             async with aclosing(at.source.find(study())) as rows:
                 for _ in range(rows_before):
@@ -589,12 +599,15 @@ async def test_waiting_in_vain_for_a_turn_says_nothing_of_the_archive() -> None:
     async with asking(
         StandIn(answers(row("1.1"))),
         parallel_associations=1,
-        query_timeout=SHORT,
+        query_timeout=30.0,
         breaker_failures=1,
     ) as at:
-        lease = await at.archive.pool.lease(Purpose.RETRIEVE, timeout_seconds=5.0)
+        lease = await at.archive.pool.lease(Purpose.RETRIEVE, timeout_seconds=SECONDS)
+        asking_ = asyncio.create_task(at.find())
+        await until(lambda: bool(at.archive.pool._waiters))
+        time_passes(31)
         with pytest.raises(SourceError) as caught:
-            await at.find()
+            await within(asking_)
         assert caught.value.failure is Failure.BUSY
         assert at.archive.health().breaker == "closed"
         lease.done()
@@ -673,13 +686,13 @@ async def test_distance_is_the_quickest_of_all_answers() -> None:
     """An association that came about slowly does not make a near archive a far one."""
 
     async def admit(_request: AssociateRequest) -> AssociateReject | None:
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.5)
         return None
 
     async with asking(StandIn(answers(row("1.1")), admit=admit)) as at:
         await at.find()
         slow = at.archive.pool._round_trips[0]
-        assert slow >= 0.05
+        assert slow >= 0.5
         for _ in range(3):
             await at.find()
         assert 0 < at.archive.pool.round_trip_seconds < slow

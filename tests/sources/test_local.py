@@ -437,7 +437,7 @@ async def test_cancelled_move_without_an_end(how: str) -> None:
             association.protocol.close_now()
         await association.receive(SECONDS)
 
-    async with pacs(StandIn(handle), stall_timeout=SHORT) as at:
+    async with pacs(StandIn(handle), stall_timeout=SHORT if how == "silent" else SECONDS) as at:
         async with aclosing(at.moving(cancellation=cancellation)) as steps:
             await first(steps)
             assert cancellation.send is not None
