@@ -18,7 +18,7 @@ from tests.e2e.support import configuration
 from tests.peers.ports import free_port
 from tests.support.log_watch import LogWatch
 
-SECONDS = 10.0
+SECONDS = 60.0
 HEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 

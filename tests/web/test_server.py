@@ -47,7 +47,7 @@ async def port(proxy: Proxy) -> AsyncIterator[int]:
 
 @pytest.fixture
 async def http(port: int) -> AsyncIterator[aiohttp.ClientSession]:
-    timeout = aiohttp.ClientTimeout(total=20)
+    timeout = aiohttp.ClientTimeout(total=60)
     async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", timeout=timeout) as session:
         yield session
 
