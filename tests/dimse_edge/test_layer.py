@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import socket
 from collections.abc import Callable
 
 import pytest
 
+from dicomproxy.dimse.association import Association
 from dicomproxy.dimse.errors import (
     AssociationAborted,
     AssociationError,
@@ -46,7 +49,14 @@ from tests.dimse_edge.harness import (
     target,
     until,
 )
-from tests.dimse_edge.raw_peer import CT, VERIFICATION, RawPeer, Script, raw_acceptor
+from tests.dimse_edge.raw_peer import (
+    CT,
+    DEADLINE_SECONDS,
+    VERIFICATION,
+    RawPeer,
+    Script,
+    raw_acceptor,
+)
 from tests.support.log_watch import LogWatch
 
 
@@ -373,3 +383,41 @@ async def test_peer_that_releases_at_once_is_released() -> None:
 async def test_default_timers_are_those_of_the_standard_and_of_clinical_life() -> None:
     """ARTIM is 30 s (PS3.8 9.1.5); a response may take a minute."""
     assert (Timers().artim, Timers().response) == (30.0, 60.0)
+
+
+def sockets() -> int:
+    """Count the sockets that this process has open."""
+    count = 0
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the listing's own, closed since
+            count += os.readlink(f"/proc/self/fd/{descriptor}").startswith("socket:")
+    return count
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs Linux's list of descriptors")
+@pytest.mark.parametrize("late", [False, True])
+async def test_cancelled_in_the_moment_of_connecting_leaves_no_socket(
+    monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """Whether the loop says that such a connection is lost or not: the peer sees it end."""
+    service = Service()
+    requesting: list[asyncio.Task[Association]] = []
+    connected = Association.connected
+
+    def cancel_at_once(association: Association) -> None:
+        connected(association)
+        if association.is_requestor:
+            if late:
+                asyncio.get_running_loop().call_soon(requesting[-1].cancel)
+            else:
+                requesting[-1].cancel()
+
+    monkeypatch.setattr(Association, "connected", cancel_at_once)
+    async with layer_left_clean() as layer, listening(layer, service) as (_, port):
+        before = sockets()
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            for _ in range(5):
+                requesting.append(asyncio.create_task(layer.request(target(port), PROPOSAL)))
+                with pytest.raises(asyncio.CancelledError):
+                    await requesting[-1]
+        await until(lambda: not layer.associations and sockets() == before)

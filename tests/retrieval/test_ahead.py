@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -135,4 +136,17 @@ async def test_closed_while_opening_leaves_nothing_open(store: Store) -> None:
         store.gate.set()
         await ahead.close()
     assert opening.done()
+    assert store.open_now == []
+
+
+async def test_instance_that_came_twice_is_opened_once(store: Store) -> None:
+    """A source may send one again; the one that is held now is opened, and closed again."""
+    first, again = instance(1), replace(instance(1), file_name="1a")
+    view = View([instance(0), first, again, instance(2)])
+    ahead = ahead_of(view, store)
+    async with asyncio.timeout(60):
+        await (await ahead.open(view.next())).close()
+        await opened(ahead)
+        assert store.open_now == [again, instance(2)]
+    await ahead.close()
     assert store.open_now == []
