@@ -66,6 +66,7 @@ class Application:
         self.ready = False
         self.draining = False
         self.operations = Operations()
+        self._started_with = settings
         self._config_file = config_file
         self._stack = AsyncExitStack()
         self._tasks = TaskOwner("app")
@@ -150,18 +151,30 @@ class Application:
 
         SIGHUP reloads, SIGUSR1 logs every task.
         """
+        self.heed_signals()
+        try:
+            await self._stop.wait()
+            await self.drain()
+        finally:
+            await self.close()
+
+    def heed_signals(self) -> None:
+        """Let no signal end the process halfway; told to stop while it starts, it stops then."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
         loop.add_signal_handler(signal.SIGHUP, self._hangup)
         loop.add_signal_handler(signal.SIGUSR1, log_tasks)
-        try:
-            await self._stop.wait()
-            await self.drain()
-        finally:
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-                loop.remove_signal_handler(number)
-            await self.close()
+
+    def ignore_signals(self) -> None:
+        """Let none end the process in its last moments: who tells it twice gets its exit code too.
+
+        Not when a loop of somebody else's runs this: it is for the rest of the process.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
 
     def _signalled(self, number: int) -> None:
         self._signals += 1
@@ -199,6 +212,8 @@ class Application:
     # ---------------------------------------------------------------- reloading
 
     def _hangup(self) -> None:
+        if self.draining:
+            return
         self._tasks.spawn(self.reload(), name="reload")
 
     async def reload(self) -> bool:
@@ -220,8 +235,11 @@ class Application:
                     key=fault.path,
                 )
             return False
+        if self.draining:
+            return False  # it would take in the work that is being turned away
+        started_with = self._started_with
         kept = [
-            name for name, read in _NEEDS_RESTART.items() if read(settings) != read(self.settings)
+            name for name, read in _NEEDS_RESTART.items() if read(settings) != read(started_with)
         ]
         if kept:
             _log.warning("reload_needs_restart", keys=kept)
@@ -246,7 +264,9 @@ class Application:
                 async with asyncio.timeout(_RETIRED_SECONDS):
                     await routing.acceptor.wait_idle()
             # A study may be fetched to its end although whoever asked for it has gone.
-            await self._foundation.flights.wait_unused(routing.sources)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_RETIRED_SECONDS):
+                    await self._foundation.flights.wait_unused(routing.sources)
         finally:
             await routing.close()
 
@@ -261,13 +281,17 @@ def serve(settings: Settings, config_file: Path) -> int:
 async def _serve(settings: Settings, config_file: Path) -> int:
     asyncio.get_running_loop().set_exception_handler(logs.loop_exception_handler)
     application = Application(settings, config_file)
+    application.heed_signals()
     try:
-        await application.start()
-    except Exception as error:
-        _log.critical("start_failed", **error_fields(error))
-        return 1
-    await application.run()
-    return 0
+        try:
+            await application.start()
+        except Exception as error:
+            _log.critical("start_failed", **error_fields(error))
+            return 1
+        await application.run()
+        return 0
+    finally:
+        application.ignore_signals()
 
 
 def run_on_loop(main: Callable[[], object]) -> int:

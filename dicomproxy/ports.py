@@ -56,7 +56,7 @@ class Failure(StrEnum):
 
     UNREACHABLE = "unreachable"  # no TCP connection
     REJECTED = "rejected"  # A-ASSOCIATE-RJ, permanent
-    BUSY = "busy"  # A-ASSOCIATE-RJ, transient
+    BUSY = "busy"  # A-ASSOCIATE-RJ, transient; or all that we may have is in use
     NO_CONTEXT = "no_context"  # association without the presentation context
     ABORTED = "aborted"  # A-ABORT or connection lost
     TIMEOUT = "timeout"  # a deadline passed

@@ -38,7 +38,7 @@ from tests.e2e.support import configuration
 from tests.peers.ports import free_port
 from tests.support.log_watch import LogWatch
 
-SECONDS = 20.0
+SECONDS = 60.0
 WORKSTATION = {"ae_title": "READING1"}
 OTHER = {"ae_title": "READING2"}
 
@@ -102,7 +102,7 @@ def get(port: int, path: str) -> tuple[int, str]:
     """GET *path*; status 0 where nobody listens."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+        with opener.open(f"http://127.0.0.1:{port}{path}", timeout=60) as answer:
             return answer.status, answer.read().decode("utf-8")
     except urllib.error.HTTPError as error:
         with error:
@@ -405,6 +405,39 @@ async def test_keys_that_need_a_restart_are_named(file: File, log_watch: LogWatc
         assert await echo(await associate(file, "READING2")) == 0x0000
     (line,) = log_watch.named("reload_needs_restart")
     assert line["keys"] == ["proxy.port", "cache"]
+
+
+async def test_keys_that_need_a_restart_are_named_until_it_comes(
+    file: File, log_watch: LogWatch
+) -> None:
+    """What was started with is what counts, not what the file said at the last reload."""
+    async with running(file) as application:
+        before = file.content["cache"].get("max_size")
+        file.content["cache"]["max_size"] = "20GB"
+        file.write()
+        assert await application.reload()
+        assert await application.reload()
+        assert len(log_watch.named("reload_needs_restart")) == 2
+        file.content["cache"]["max_size"] = before
+        file.write()
+        assert await application.reload()
+        assert len(log_watch.named("reload_needs_restart")) == 2
+
+
+async def test_nothing_is_reloaded_while_draining(file: File) -> None:
+    """A new configuration would take in the work that is being turned away."""
+    async with running(file) as application:
+        operation = application.operations.begin(
+            "retrieve", association_id="a", caller_ae_title="READING1", peer_address="127.0.0.1"
+        )
+        draining = asyncio.create_task(application.drain())
+        await settled(lambda: application.draining)
+        assert not await application.reload()
+        with pytest.raises(AssociationRejected):
+            await associate(file)
+        application.operations.end(operation, 0x0000)
+        async with asyncio.timeout(SECONDS):
+            await draining
 
 
 async def test_hangup_reloads(file: File, log_watch: LogWatch) -> None:

@@ -151,7 +151,10 @@ class Room:
         return bool(went)
 
     def evict(self, study_instance_uid: str, reason: str) -> str:
-        """Evict one study: ``evicted``, or why not: ``not_held``, ``in_use``, ``pinned``."""
+        """Evict one study: ``evicted``, or why not.
+
+        ``not_held``, ``in_use``, ``pinned``, or ``failed``: the disk left it where it was.
+        """
         study = self._table.get(study_instance_uid)
         if study is None or not (study.instances or study.pinned):
             return "not_held"
@@ -159,7 +162,12 @@ class Room:
             return "pinned"
         if not self._table.take(study):
             return "in_use"
-        self.trash(self._layout.study(study_instance_uid))
+        try:
+            self._trash(self._layout.study(study_instance_uid))
+        except OSError as error:
+            self._table.put_back(study)
+            self.not_recorded("not_evicted", error)
+            return "failed"
         self._rows.delete(study_instance_uid)
         self.evictions += 1
         self.evicted_bytes += study.size_bytes
@@ -183,12 +191,25 @@ class Room:
 
     def trash(self, directory: Path) -> bool:
         """Take a study's directory away at once, and its files after that; False if none."""
+        try:
+            return self._trash(directory)
+        except OSError as error:
+            self.not_recorded("not_deleted", error)
+            return True
+
+    def _trash(self, directory: Path) -> bool:
+        """As :meth:`trash`.
+
+        Raises:
+            OSError: it is where it was, with everything in it.
+        """
         target = self._layout.trash / self.new_name()
         try:
             directory.rename(target)
-            delete(target)
         except FileNotFoundError:
             return False
+        try:
+            delete(target)
         except OSError as error:
             self.not_recorded("not_deleted", error)
         return True

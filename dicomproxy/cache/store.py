@@ -193,7 +193,10 @@ class DiskInstanceStore:
             self._thread.post(study.contents.live.clear)
 
     async def evict(self, study_instance_uid: str) -> str:
-        """Evict a study if it may go: ``evicted``, ``not_held``, ``in_use`` or ``pinned``."""
+        """Evict a study if it may go.
+
+        Returns ``evicted``, or why not: ``not_held``, ``in_use``, ``pinned`` or ``failed``.
+        """
         return await self._thread.ask(partial(self._evict_as_asked, study_instance_uid))
 
     async def pin(self, study_instance_uid: str, pinned: bool) -> bool:
@@ -309,42 +312,30 @@ class DiskInstanceStore:
         """Open what can be opened without more ado, at the price of one; see the port."""
         leases: dict[int, Lease] = {}
         paths: dict[int, str] = {}
-        readers: list[InstanceReader | None] = [None] * len(instances)
-        for number, instance in enumerate(instances):
-            uid, study = (
-                instance.sop_instance_uid,
-                self._keeper.table.get(instance.study_instance_uid),
-            )
-            if study is None or (contents := study.contents) is None:
-                continue
-            if contents.live.get(uid) != instance or uid in contents.unchecked:
-                continue
-            lease = await self.lease(instance.study_instance_uid)
-            if (data := contents.spool.get(uid)) is not None:
-                readers[number] = MemoryReader(data, lease.release)
-                continue
-            leases[number] = lease
-            directory = self._keeper.layout.study(instance.study_instance_uid)
-            paths[number] = os.path.join(directory, instance.file_name)
-        if not leases:
-            return readers
         fds: list[int | None] = []
+        readers: list[InstanceReader | None] = [None] * len(instances)
         try:
-            opened = asyncio.get_running_loop().run_in_executor(
-                self._readers,
-                open_ahead,
-                [(path, instances[number]) for number, path in paths.items()],
-            )
-            try:
-                fds = await asyncio.shield(opened)
-            except asyncio.CancelledError:
-                opened.add_done_callback(_close_all_unwanted)
-                for reader in readers:
-                    if reader is not None:  # of those in memory
-                        await reader.close()
-                raise
-        except RuntimeError:
-            pass  # the threads have ended: open() says so
+            for number, instance in enumerate(instances):
+                uid, study_uid = instance.sop_instance_uid, instance.study_instance_uid
+                study = self._keeper.table.get(study_uid)
+                if study is None or (contents := study.contents) is None:
+                    continue
+                if contents.live.get(uid) != instance or uid in contents.unchecked:
+                    continue
+                lease = await self.lease(study_uid)
+                if (data := contents.spool.get(uid)) is not None:
+                    readers[number] = MemoryReader(data, lease.release)
+                    continue
+                leases[number] = lease
+                directory = self._keeper.layout.study(study_uid)
+                paths[number] = os.path.join(directory, instance.file_name)
+            if leases:
+                fds = await self._open_ahead([(path, instances[at]) for at, path in paths.items()])
+        except BaseException:
+            for reader in readers:
+                if reader is not None:  # of those in memory
+                    await reader.close()
+            raise
         finally:
             for number, fd in itertools.zip_longest(leases, fds):
                 if fd is None:
@@ -354,6 +345,17 @@ class DiskInstanceStore:
                         fd, instances[number], self._files, leases[number].release
                     )
         return readers
+
+    async def _open_ahead(self, wanted: list[tuple[str, CachedInstance]]) -> list[int | None]:
+        try:
+            opened = asyncio.get_running_loop().run_in_executor(self._readers, open_ahead, wanted)
+        except RuntimeError:
+            return []  # the threads have ended: open() says so
+        try:
+            return await asyncio.shield(opened)
+        except asyncio.CancelledError:
+            opened.add_done_callback(_close_all_unwanted)
+            raise
 
     def _remove_damaged(self, study: Study, instance: CachedInstance) -> None:
         contents = study.contents

@@ -147,6 +147,12 @@ class StudyTable:
             self.used_bytes -= study.size_bytes
             return True
 
+    def put_back(self, study: Study) -> None:
+        """Undo :meth:`take`, unless somebody has leased the study since, who will load it."""
+        with self.lock:
+            if self._studies.setdefault(study.study_instance_uid, study) is study:
+                self.used_bytes += study.size_bytes
+
     def unload(self, study: Study) -> Contents | None:
         """Take the contents out of a study that nobody uses any more."""
         with self.lock:

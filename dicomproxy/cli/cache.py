@@ -28,6 +28,7 @@ _ANSWER_SECONDS: Final = 15.0
 _REFUSALS: Final = {
     "not_held": "the cache does not hold this study",
     "in_use": "the study is in use; try again when its transfer has ended",
+    "failed": "the disk does not let it go",
     "pinned": "the study is pinned",
     "no_answer": "the running service did not answer",
 }

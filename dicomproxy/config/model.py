@@ -134,7 +134,9 @@ class LocalSection(Section):
     query_timeout: Duration = key("For the local PACS to answer a query in full", "10s")
     connect_timeout: Duration = key("For the TCP connection", "3s")
     first_instance_timeout: Duration = key(
-        "For the first instance of a retrieve, tape recall included", "300s"
+        "For the first instance of a retrieve, tape recall included; "
+        "up to four times that while it sends other studies",
+        "300s",
     )
     stall_timeout: Duration = key("Without a byte or a changed count in a retrieve", "60s")
     retrieve: Retrieve = key("How the proxy fetches from it, under deliver: proxy", "c-move")
@@ -227,7 +229,9 @@ class SourceEntry(Section):
     query_timeout: Duration = key("For it to answer a query in full", "5s")
     connect_timeout: Duration = key("For the TCP connection", "3s")
     first_instance_timeout: Duration = key(
-        "For the first instance of a retrieve, tape recall included", "300s"
+        "For the first instance of a retrieve, tape recall included; "
+        "up to four times that while it sends other studies",
+        "300s",
     )
     stall_timeout: Duration = key("Without a byte or a changed count in a retrieve", "60s")
     parallel_associations: Annotated[int, whole(1, 64)] = key(

@@ -46,5 +46,9 @@ class AssociationTimeout(AssociationError):
         super().__init__(f"deadline passed: {phase}")
 
 
+class NoTurn(AssociationTimeout):
+    """All associations allowed were in use for too long; the peer was asked nothing."""
+
+
 class NoContext(AssociationError):
     """No accepted presentation context serves the purpose."""

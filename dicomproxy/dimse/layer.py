@@ -162,16 +162,15 @@ class UpperLayer:
         try:
             async with asyncio.timeout(target.connect_seconds):
                 await loop.create_connection(lambda: association.protocol, target.host, target.port)
-        except TimeoutError:
+        except BaseException as error:
             self._forget(association)
-            raise ConnectFailed("connecting took too long") from None
-        except (OSError, UnicodeError) as error:
-            self._forget(association)
-            # Only the kind: texts of operating systems name addresses in many ways.
-            raise ConnectFailed(type(error).__name__) from None
-        except BaseException:
-            self._forget(association)
-            association.protocol.close_now()
+            association.protocol.forsake()
+            match error:
+                case TimeoutError():
+                    raise ConnectFailed("connecting took too long") from None
+                case OSError() | UnicodeError():
+                    # Only the kind: texts of operating systems name addresses in many ways.
+                    raise ConnectFailed(type(error).__name__) from None
             raise
         sent = loop.time()
         try:

@@ -122,13 +122,14 @@ class Listener:
         return None
 
     async def _serve(self, association: Association, request: AssociateRequest) -> None:
+        acceptor = self.acceptor  # whoever admits it serves it, though another follows meanwhile
         try:
-            outcome = await self.acceptor.negotiate(association, request)
+            outcome = await acceptor.negotiate(association, request)
             if isinstance(outcome, AssociateReject):
                 self._reject(association, request, outcome)
                 return
             association.accepted(*outcome)
-            await self.acceptor.serve(association)
+            await acceptor.serve(association)
         except Exception as error:
             # One association's trouble stays its own.
             _log.error(

@@ -26,6 +26,7 @@ from dicomproxy.dimse.errors import (
     AssociationRejected,
     AssociationReleased,
     AssociationTimeout,
+    NoTurn,
 )
 from dicomproxy.dimse.layer import Proposal, Target, UpperLayer
 from dicomproxy.dimse.negotiation import Context
@@ -55,7 +56,8 @@ class _Waiter:
     """Somebody in line for a slot."""
 
     purpose: Purpose
-    turn: asyncio.Future[None]
+    turn: asyncio.Future[bool]
+    """Ends with whether a slot was given, which then is held already."""
     wanted: Callable[[], bool] | None = None
 
     @property
@@ -194,13 +196,16 @@ class AssociationPool:
                 nobody does, others go first. Without it somebody does.
 
         Raises:
-            AssociationError: none could be had in time.
+            AssociationError: none could be had in time; NoTurn if the peer was not asked.
         """
         give_up = self._clock() + min(_BUSY_SECONDS, timeout_seconds)
+        in_line = True
         try:
             async with asyncio.timeout(timeout_seconds):
                 while True:
+                    in_line = True
                     await self._take_slot(purpose, wanted)
+                    in_line = False
                     association = None if fresh or proposal else self._take_idle()
                     if association is not None:
                         self._purposes[association] = purpose
@@ -217,7 +222,7 @@ class AssociationPool:
                     if lease is not None:
                         return lease
         except TimeoutError:
-            raise AssociationTimeout("association") from None
+            raise (NoTurn if in_line else AssociationTimeout)("association") from None
 
     async def _request(self, purpose: Purpose, proposal: Proposal | None) -> Lease | None:
         """Use the slot taken for a new association; ``None`` to wait for another slot."""
@@ -261,21 +266,30 @@ class AssociationPool:
         return purpose is Purpose.QUERY or self._retrieving < limit - kept_for_queries
 
     async def _take_slot(self, purpose: Purpose, wanted: Callable[[], bool] | None) -> None:
+        self._check_open()
+        self._wake()  # a ceiling that was lowered may have risen since
+        if self._may_take(purpose):
+            self._hold_slot(purpose)
+            return
+        entry = _Waiter(purpose, asyncio.get_running_loop().create_future(), wanted)
+        self._waiters.append(entry)
+        try:
+            given = await entry.turn
+        except asyncio.CancelledError:
+            if entry in self._waiters:
+                self._waiters.remove(entry)
+            elif not entry.turn.cancelled() and entry.turn.result():
+                self._give_slot(purpose)  # the turn was ours and is passed on
+            raise
+        if self._closed and given:
+            self._give_slot(purpose)
+        self._check_open()
+
+    def _check_open(self) -> None:
         if self._closed:
             raise AssociationReleased("the pool is closed")
-        while not self._may_take(purpose):
-            entry = _Waiter(purpose, asyncio.get_running_loop().create_future(), wanted)
-            self._waiters.append(entry)
-            try:
-                await entry.turn
-            except asyncio.CancelledError:
-                if entry in self._waiters:
-                    self._waiters.remove(entry)
-                else:
-                    self._wake()  # the turn was ours and is passed on
-                raise
-            if self._closed:
-                raise AssociationReleased("the pool is closed")
+
+    def _hold_slot(self, purpose: Purpose) -> None:
         self._in_use += 1
         self._retrieving += purpose is Purpose.RETRIEVE
 
@@ -285,14 +299,17 @@ class AssociationPool:
         self._wake()
 
     def _wake(self) -> None:
-        able = [entry for entry in self._waiters if self._may_take(entry.purpose)]
-        if not able:
-            return
-        # In line; but what somebody waits for before what nobody does.
-        entry = next((one for one in able if one.is_wanted), able[0])
-        self._waiters.remove(entry)
-        if not entry.turn.done():
-            entry.turn.set_result(None)
+        """Give free slots to those in line; at once, so that nobody who comes later is quicker."""
+        while able := [
+            entry
+            for entry in self._waiters
+            if not entry.turn.done() and self._may_take(entry.purpose)
+        ]:
+            # In line; but what somebody waits for before what nobody does.
+            entry = next((one for one in able if one.is_wanted), able[0])
+            self._waiters.remove(entry)
+            self._hold_slot(entry.purpose)
+            entry.turn.set_result(True)
 
     def _take_idle(self) -> Association | None:
         while self._idle:
@@ -383,7 +400,7 @@ class AssociationPool:
         self._closed = True
         for entry in self._waiters:
             if not entry.turn.done():
-                entry.turn.set_result(None)
+                entry.turn.set_result(False)
         self._waiters.clear()
         for association in list(self._purposes):
             association.abort()

@@ -181,6 +181,8 @@ class AssociationProtocol(asyncio.BufferedProtocol):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self.lost:
+            return
         self.lost = True
         for timer in (self._artim, self._watch):
             if timer is not None:
@@ -362,6 +364,16 @@ class AssociationProtocol(asyncio.BufferedProtocol):
         """Drop the connection, whatever is still unsent."""
         if self.transport is not None:
             self.transport.abort()
+
+    def forsake(self) -> None:
+        """Let go of a connection that was given up while it was being made.
+
+        Event loops differ in whether they say that it is lost, if they had said
+        that it was made.
+        """
+        self.close_now()
+        if self.transport is not None:
+            self.connection_lost(None)
 
     def _perform(self, effects: tuple[Effect, ...] | list[Effect]) -> None:
         for effect in effects:

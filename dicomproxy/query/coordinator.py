@@ -359,6 +359,7 @@ class QueryCoordinator:
     async def _ask(self, query: Query, leg: Leg) -> None:
         """Put the questions of one leg to its source. Fails nobody else."""
         source = self._sources[leg.source]
+        answered = False
         try:
             async with asyncio.timeout(_LEG_SECONDS):
                 for question, study in zip(
@@ -366,11 +367,13 @@ class QueryCoordinator:
                 ):
                     async with _closing(source.find(question)) as rows:
                         async for row in rows:
+                            answered = True
                             leg.rows += 1
                             if self._take_remote(query, leg, row, study) is Verdict.TOO_MANY:
                                 break
+                    answered = True
         except SourceError as error:
-            leg.asked = error.failure is not Failure.BREAKER
+            leg.asked = answered or error.failure is not Failure.BREAKER
             query.failed(leg, error.failure, status=error.status)
         except TimeoutError:
             query.failed(leg, Failure.TIMEOUT)
@@ -432,15 +435,17 @@ class QueryCoordinator:
             query.recording = self._tasks.spawn(self._audit.record(*events), name="audit")
 
     async def _end(self, query: Query, tasks: list[asyncio.Task[None]]) -> None:
-        """End what must end; after a full answer, late legs may go on."""
+        """End what must end; after a full answer, late legs may go on.
+
+        All is told to end, and recorded, before anything is awaited: a C-CANCEL and
+        the end of the association right behind it cancel twice.
+        """
         cancelled = query.open
         query.open = False
+        # First, since it could still start legs.
         ending = [task for task in tasks if not task.done()]
         for task in ending:
             task.cancel()
-        if ending:
-            # First, since it could still start legs.
-            await asyncio.wait(ending, timeout=_WIND_UP_SECONDS)
         for leg in query.legs:
             if leg.task is None or leg.task.done():
                 continue
@@ -450,8 +455,11 @@ class QueryCoordinator:
                 continue
             leg.task.cancel()
             ending.append(leg.task)
-        if running := [task for task in ending if not task.done()]:
-            await asyncio.wait(running, timeout=_WIND_UP_SECONDS)
+        if cancelled:
+            with suppress(OwnerClosed):
+                self._start_recording(query)
+        if ending:
+            await asyncio.wait(ending, timeout=_WIND_UP_SECONDS)
         if cancelled:
             await self._record(query, cancelled=True)
 

@@ -166,9 +166,12 @@ class Ahead:
         for uid in [uid for uid in self._open if uid not in coming]:
             # Passed over: removed since it was opened, or had from elsewhere.
             await self._open.pop(uid)[1].close()
-        wanted = [one for one in upcoming if one.sop_instance_uid not in self._open]
-        if wanted:
-            self._wanted = {one.sop_instance_uid: one for one in wanted}
+        # An instance that came twice is there twice; the later one is what is held.
+        self._wanted = {
+            one.sop_instance_uid: one for one in upcoming if one.sop_instance_uid not in self._open
+        }
+        if self._wanted:
+            wanted = list(self._wanted.values())
             self._opening = self._owner.spawn(self._open_wanted(wanted), name="open")
 
     async def _open_wanted(self, wanted: list[CachedInstance]) -> None:
@@ -180,7 +183,7 @@ class Ahead:
         for instance, reader in zip(wanted, readers, strict=True):
             if reader is None:
                 continue
-            if self._closed:
+            if self._closed or instance.sop_instance_uid in self._open:
                 await reader.close()
             else:
                 self._open[instance.sop_instance_uid] = (instance, reader)
@@ -276,6 +279,8 @@ async def _send(
         return await outlet.send(instance, ahead)
     except (FileNotFoundError, Refused):
         again = await subscription.replace(instance)
+        if again and subscription.is_gone(instance.sop_instance_uid):
+            return None  # dropped meanwhile: it comes only from a holder that still has it
         _log.warning(
             "instance_damaged",
             study_instance_uid=instance.study_instance_uid,

@@ -1,13 +1,15 @@
 """What is recorded of a retrieve: who was given what, and from where. Pure.
 
-One event for each study and source. A retrieve that found nothing, or was
-refused, leaves an event as well: that somebody tried is of interest too.
+One event for each study and source, and for each patient whose studies the local
+PACS delivers itself. A retrieve that found nothing, or was refused, leaves an
+event as well: that somebody tried is of interest too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from dicomproxy.ports import LOCAL, AuditEvent, Caller
 from dicomproxy.retrieval.delivery import DeliveryReport
@@ -51,6 +53,7 @@ def disclosure_events(
         delivered: int,
         failed: int,
         whole: bool,
+        extra: Mapping[str, int] = MappingProxyType({}),
     ) -> AuditEvent:
         if status == CANCELLED:
             outcome = "cancelled"
@@ -73,6 +76,7 @@ def disclosure_events(
             instances=delivered,
             failed=failed,
             status=status,
+            extra=extra,
         )
 
     events: list[AuditEvent] = []
@@ -96,10 +100,24 @@ def disclosure_events(
         )
     if relayed is not None:
         part = relayed.part
-        uids = tuple(study.study_instance_uid for study in relayed.studies)
-        patient_id = relayed.studies[0].patient_id
         delivered = part.completed + part.warning
-        events.append(event(LOCAL, patient_id, uids, delivered, part.failed, part.failure is None))
+        of_patient: dict[str, list[str]] = {}
+        for study in relayed.studies:
+            of_patient.setdefault(study.patient_id, []).append(study.study_instance_uid)
+        # Its counts are of all together, and are not known of each.
+        several = {"instances_of_patients": len(of_patient)} if len(of_patient) > 1 else {}
+        events.extend(
+            event(
+                LOCAL,
+                patient_id,
+                tuple(uids),
+                delivered,
+                part.failed,
+                part.failure is None,
+                several,
+            )
+            for patient_id, uids in of_patient.items()
+        )
     if not events:
         uids = request.study_instance_uids
         events.append(event("", request.patient_id, uids, 0, 0, status == SUCCESS))

@@ -44,6 +44,8 @@ class Flight:
         self.log: list[CachedInstance] = []
         self.initial: frozenset[str] = frozenset()
         self.was_complete = False
+        self.gone: set[str] = set()
+        """Instances dropped because their source no longer lists them."""
         self.subscriptions: list[Subscription] = []
         self.closed = False
         self.ending: asyncio.Task[None] | None = None
@@ -216,9 +218,11 @@ class Flight:
             standings[leg.name] = standing
             if standing in (Standing.PROVEN, Standing.ASSUMED):
                 subscription.satisfied = True
+        # What was handed out and is gone since, and listed nowhere, is nobody's failure.
+        also = {uid: at for uid, at in subscription.also.items() if uid not in self.gone}
         failed = tuple(
             uid
-            for uid, series in {**subscription.listed, **subscription.also}.items()
+            for uid, series in {**subscription.listed, **also}.items()
             if not subscription.is_excluded(series, uid) and not self.available(subscription, uid)
         )
         for leg in legs:
@@ -242,7 +246,8 @@ class Flight:
                 **error_fields(error),
             )
         if any(
-            uid not in failed and not self.available(subscription, uid) for uid in subscription.also
+            uid not in failed and uid not in self.gone and not self.available(subscription, uid)
+            for uid in subscription.also
         ):
             # Found damaged after it had been decided that nothing more is to be had.
             await self._walk(subscription)
@@ -390,6 +395,7 @@ class Flight:
             )
             if instance.source != source:
                 self._refuse(source, uid, "conflict")
+        self.gone.discard(uid)
         leg = self._legs.get(source)
         if leg is not None:
             leg.stored(instance)
@@ -433,6 +439,7 @@ class Flight:
             study_instance_uid=self.study_instance_uid,
             dropped=len(sop_instance_uids),
         )
+        self.gone.update(sop_instance_uids)
         await self.lease.remove(sop_instance_uids)
 
     async def replace(

@@ -19,7 +19,7 @@ from collections.abc import (
     Iterator,
     Sequence,
 )
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import Any, Final
@@ -34,6 +34,7 @@ from dicomproxy.tasks import OwnerClosed, TaskOwner
 
 _MAX_REMEMBERED: Final = 1000
 _NEAR_ORDERS: Final = 4
+_RECHECK_SECONDS: Final = 30.0
 
 _UNDER_WAY = Gauge("dicomproxy_flights", "Studies being fetched or delivered.")
 _ORDERS = Counter("dicomproxy_retrieve_orders_total", "Retrieves asked of a source.", ["source"])
@@ -87,6 +88,7 @@ class Flights:
         self._owner = TaskOwner("flights")
         self._closed = False
         self._one_ended = asyncio.Event()
+        self._endings: set[asyncio.Task[None]] = set()
         self._pauses: OrderedDict[tuple[str, str], _Pause] = OrderedDict()
         # The store's writer thread reads these; they are plain, and replaced or
         # changed by one operation at a time.
@@ -140,9 +142,11 @@ class Flights:
     async def close(self) -> None:
         """End every flight; nobody can join any more."""
         self._closed = True
-        endings = [self._end(flight) for flight in list(self._by_study.values())]
-        if endings:
-            await asyncio.wait(endings)
+        for flight in list(self._by_study.values()):
+            self._end(flight)
+        if self._endings:
+            # Those too that were ending already: they give their studies back.
+            await asyncio.wait(self._endings)
         await self._owner.close()
 
     def _end(self, flight: Flight) -> asyncio.Task[None]:
@@ -157,13 +161,18 @@ class Flights:
             _UNDER_WAY.dec()
         if flight.ending is None:
             flight.ending = self._owner.spawn(flight.close(), name="end")
+            self._endings.add(flight.ending)
+            flight.ending.add_done_callback(self._endings.discard)
         return flight.ending
 
     async def wait_unused(self, sources: Collection[Source]) -> None:
         """Return once no flight has any of *sources* to ask."""
         while any(flight.may_ask(sources) for flight in self._by_study.values()):
             self._one_ended.clear()
-            await self._one_ended.wait()
+            # Looked at now and then as well: a flight may go on by other sources.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_RECHECK_SECONDS):
+                    await self._one_ended.wait()
 
     def spawn(self, coro: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Start a task that may outlive the flight it is for."""

@@ -296,9 +296,7 @@ class RetrieveOperation:
         """Deliver one study; whatever goes wrong with it stays with it."""
         part = self.tally.part()
         try:
-            async with self._slots:
-                if not self._cancelled:
-                    await self._study(disclosure, part)
+            await self._study(disclosure, part)
         except _Cancelled:
             pass
         except Exception as error:
@@ -330,27 +328,34 @@ class RetrieveOperation:
         study = disclosure.study
         relay = self._relay
         selection = self.request.selection
-        if relay is None or not study.local:
-            await self._deliver(disclosure, part, study.holders, selection)
-            await self._elsewhere(disclosure, part)
-            return
-        local = await self._interruptible(self._local_manifest(study), "manifest")
-        exclude = local.listed(selection) if local is not None else {}
-        series = frozenset(local.series) if local is not None and not local.verified else None
-        await self._deliver(disclosure, part, study.remote_holders, selection, exclude, series)
+        async with self._slots:
+            if self._cancelled:
+                return
+            if relay is None or not study.local:
+                await self._deliver(disclosure, part, study.holders, selection)
+                await self._elsewhere(disclosure, part)
+                return
+            local = await self._interruptible(self._local_manifest(study), "manifest")
+            exclude = local.listed(selection) if local is not None else {}
+            series = frozenset(local.series) if local is not None and not local.verified else None
+            await self._deliver(disclosure, part, study.remote_holders, selection, exclude, series)
         if local is None:
             relay.covered.add(study.study_instance_uid)
             return
         await self._delivered_all(study)
+        # Without a slot: the local PACS may wait for studies that have not had theirs yet.
         await relay.ended.wait()
         lacking = {
             uid: of
             for uid, of in exclude.items()
             if relay.broken or uid in relay.part.failed_sop_instance_uids
         }
-        if lacking and not self._cancelled and self._outlet.lost is None:
-            # What one holder could not deliver is asked of the next.
-            await self._instead_of_local(disclosure, relay, lacking)
+        if not lacking:
+            return
+        async with self._slots:
+            if not self._cancelled and self._outlet.lost is None:
+                # What one holder could not deliver is asked of the next.
+                await self._instead_of_local(disclosure, relay, lacking)
 
     async def _instead_of_local(
         self, disclosure: Disclosure, relay: Relay, lacking: dict[str, str]
@@ -376,24 +381,31 @@ class RetrieveOperation:
             relay.covered.add(study.study_instance_uid)
 
     async def _elsewhere(self, disclosure: Disclosure, part: Part) -> None:
-        """Look for a study again that none of its remembered holders has any more."""
+        """Look for a study again that no remembered holder has any more, or can be asked for."""
         outcome = disclosure.report.outcome
-        if outcome is None or outcome.held or part.done or self._cancelled:
+        if outcome is None or outcome.stopped or part.done or self._cancelled:
+            return
+        if outcome.held and outcome.reached:
             return
         study = disclosure.study
         unreachable: set[str] = set()
         locator = self._coordinator.locator
+        sources = locator.visible(self.caller)
+        if outcome.held:
+            asked = {holder.name for holder in study.holders}
+            sources = tuple(source for source in sources if source.name not in asked)
         found = await self._interruptible(
             locator.ask(
                 study.study_instance_uid,
                 self.request.patient_id,
-                locator.visible(self.caller),
+                sources,
                 unreachable,
             ),
             "locate",
         )
         if found is not None:
             disclosure.study = found
+            part.failure = None
             await self._deliver(disclosure, part, found.holders, self.request.selection)
         elif unreachable:
             part.failure = NUMBER_OF_MATCHES_UNKNOWN

@@ -204,8 +204,12 @@ class Subscription:
         self._stopped = True
         self.news.set()
 
+    def is_gone(self, sop_instance_uid: str) -> bool:
+        """Tell whether an instance was dropped because its source no longer has it."""
+        return sop_instance_uid in self._flight.gone
+
     async def replace(self, instance: CachedInstance) -> bool:
-        """Have an instance fetched again that was handed out and proved damaged.
+        """Have an instance fetched again that was handed out and proved damaged, or gone.
 
         Returns False if that was done before; it then stays failed. The new
         copy is yielded later, before the outcome.
@@ -215,5 +219,8 @@ class Subscription:
             return False
         self.also[uid] = instance.series_instance_uid
         self._served.discard(uid)
+        if uid not in self.listed:
+            self._unlisted -= 1
+            self.changed()
         await self._flight.replace(self, uid, newer_than=self._cursor)
         return True

@@ -87,6 +87,7 @@ class ServiceAcceptor:
         self._directory = directory
         self._operations = operations
         self._peers: dict[Association, Peer] = {}
+        self._admitting = 0
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -95,6 +96,18 @@ class ServiceAcceptor:
         self, association: Association, request: AssociateRequest
     ) -> tuple[AssociateAccept, dict[int, Context]] | AssociateReject:
         """Admit the peer and answer its contexts."""
+        # In use from here on: who is being admitted will be served.
+        self._admitting += 1
+        self._idle.clear()
+        try:
+            return await self._negotiate(association, request)
+        finally:
+            self._admitting -= 1
+            self._may_be_idle()
+
+    async def _negotiate(
+        self, association: Association, request: AssociateRequest
+    ) -> tuple[AssociateAccept, dict[int, Context]] | AssociateReject:
         peer = await self._access.admit(
             request.calling_ae_title, request.called_ae_title, association.peer_address
         )
@@ -104,7 +117,6 @@ class ServiceAcceptor:
             return REJECT_CONGESTION
         negotiated = negotiate(request, lambda uid: self._supported(peer, uid))
         self._peers[association] = peer
-        self._idle.clear()
         association.sink_for = self._sink_for
         accept = acceptance(request, negotiated, max_length=self._settings.max_length)
         return accept, negotiated.contexts
@@ -152,15 +164,18 @@ class ServiceAcceptor:
             return
         finally:
             self._peers.pop(association, None)
-            if not self._peers:
-                self._idle.set()
+            self._may_be_idle()
 
     def drain(self) -> None:
         """Admit nobody any more but those who bring what a retrieve under way waits for."""
         self._draining = True
 
+    def _may_be_idle(self) -> None:
+        if not self._peers and not self._admitting:
+            self._idle.set()
+
     async def wait_idle(self) -> None:
-        """Return once no association is being served here."""
+        """Return once no association is being admitted or served here."""
         await self._idle.wait()
 
     async def _handle(

@@ -22,6 +22,7 @@ Network = IPv4Network | IPv6Network
 
 _RESOLVED_SECONDS: Final = 60.0
 _RESOLVE_SECONDS: Final = 5.0
+_UNRESOLVED_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,7 @@ class AccessControl:
         }
         self._senders = tuple(senders)
         self._resolved: dict[str, tuple[float, frozenset[str]]] = {}
+        self._resolving: dict[str, asyncio.Lock] = {}
 
     async def admit(
         self, calling_ae_title: str, called_ae_title: str, address: str
@@ -141,20 +143,25 @@ class AccessControl:
         """Return the addresses of *host*, asked for at most once a minute."""
         if (literal := parse_address(host)) is not None:
             return frozenset({str(literal)})
-        loop = asyncio.get_running_loop()
-        held = self._resolved.get(host)
-        if held is not None and held[0] > loop.time():
-            return held[1]
-        try:
-            async with asyncio.timeout(_RESOLVE_SECONDS):
-                found = await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        except (OSError, TimeoutError, UnicodeError):
-            # What was true a minute ago is likelier than nothing.
-            return held[1] if held is not None else frozenset()
-        parsed = (parse_address(str(info[4][0])) for info in found)
-        addresses = frozenset(str(one) for one in parsed if one is not None)
-        self._resolved[host] = loop.time() + _RESOLVED_SECONDS, addresses
-        return addresses
+        # By one at a time: a lookup that hangs occupies a thread, of which there are few.
+        async with self._resolving.setdefault(host, asyncio.Lock()):
+            loop = asyncio.get_running_loop()
+            held = self._resolved.get(host)
+            if held is not None and held[0] > loop.time():
+                return held[1]
+            try:
+                async with asyncio.timeout(_RESOLVE_SECONDS):
+                    found = await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            except (OSError, TimeoutError, UnicodeError):
+                # What was true a minute ago is likelier than nothing.
+                addresses = held[1] if held is not None else frozenset()
+                seconds = _UNRESOLVED_SECONDS
+            else:
+                parsed = (parse_address(str(info[4][0])) for info in found)
+                addresses = frozenset(str(one) for one in parsed if one is not None)
+                seconds = _RESOLVED_SECONDS
+            self._resolved[host] = loop.time() + seconds, addresses
+            return addresses
 
 
 def parse_address(text: str) -> IPv4Address | IPv6Address | None:

@@ -26,6 +26,7 @@ from dicomproxy.dimse.errors import (
     AssociationTimeout,
     ConnectFailed,
     NoContext,
+    NoTurn,
 )
 from dicomproxy.dimse.layer import Proposal, Target, UpperLayer
 from dicomproxy.dimse.negotiation import UNCOMPRESSED, Context
@@ -242,6 +243,9 @@ class Archive:
                     except NoContext:
                         lease.done()
                         raise
+                    except BaseException:
+                        lease.discard()
+                        raise
                     asked_at = time.monotonic()
                     responses = exchange(
                         lease,
@@ -273,15 +277,15 @@ class Archive:
         except AssociationError as error:
             failure = failure_of(error)
             told = True
-            self._failed(operation, failure)
+            self._failed(operation, failure, probing is not None)
             if probing is not None and failure not in _SAYS_NOTHING:
                 _end_probe(probing, False)
             raise SourceError(name, failure, detail=_detail(error)) from None
         finally:
             if not told and answered:
                 self.breaker.success()  # given up by us, but it was alive
-            elif not told:
-                self.breaker.inconclusive()
+            elif not told and probing is not None:
+                self.breaker.inconclusive()  # anybody else's end says nothing of a probe
             if probing is not None:
                 _end_probe(probing, None)
 
@@ -317,11 +321,11 @@ class Archive:
         _EXCHANGES.labels(name, operation, "answered").inc()
         _SECONDS.labels(name, operation).observe(seconds)
 
-    def _failed(self, operation: str, failure: Failure) -> None:
-        if failure in _SAYS_NOTHING:
-            self.breaker.inconclusive()
-        else:
+    def _failed(self, operation: str, failure: Failure, probing: bool) -> None:
+        if failure not in _SAYS_NOTHING:
             self.breaker.failure()
+        elif probing:
+            self.breaker.inconclusive()
         self._last_failure_at = time.time()
         self._last_failure = str(failure)
         self.recent_failures.append((self._last_failure_at, operation, str(failure)))
@@ -349,6 +353,8 @@ def failure_of(error: AssociationError) -> Failure:
             return Failure.UNREACHABLE
         case AssociationRejected():
             return Failure.BUSY if error.rejection.transient else Failure.REJECTED
+        case NoTurn():
+            return Failure.BUSY
         case AssociationTimeout():
             return Failure.TIMEOUT
         case NoContext():

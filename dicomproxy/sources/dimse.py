@@ -51,6 +51,8 @@ from dicomproxy.sources.storage_classes import COMMON_STORAGE_CLASSES
 _FAILED_SOP_INSTANCE_UID_LIST: Final = 0x00080058
 _UNABLE_TO_PROCESS: Final = 0xC000
 _SYNTAXES_BYTES: Final = 44 * 1024
+_MOST_PUT_OFF: Final = 3
+"""How many times its own patience an order that has not begun may wait for others."""
 """For the transfer syntaxes of one request: with all else in it, it stays under
 64 KiB, above which acceptors, ours among them, take it for an attack."""
 _UNRECOGNIZED_OPERATION: Final = 0x0211
@@ -362,7 +364,10 @@ class _Patience:
 
     def left(self) -> float:
         if not self._order.last_activity:
-            possible = self._order.last_possible_activity
+            # An archive that serves one order after another is busy with others first; but one
+            # that is always busy must not keep this one waiting for ever.
+            latest = self._started + _MOST_PUT_OFF * self._first_seconds
+            possible = min(self._order.last_possible_activity, latest)
             end = max(self._started, self._moved, possible) + self._first_seconds
         else:
             certain = max(self._order.last_activity, self._moved) + self._stall_seconds

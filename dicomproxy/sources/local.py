@@ -40,6 +40,7 @@ from dicomproxy.sources.dimse import DimseSource, progress_of, retrieve_identifi
 from dicomproxy.tasks import TaskOwner
 
 _MOST_POOLS: Final = 64
+_MOST_PATIENTS: Final = 100_000  # of one answer, since each one's ID is kept until its end
 
 
 class LocalPacs:
@@ -143,8 +144,9 @@ class LocalPacs:
             if error.failure is not Failure.NO_CONTEXT or sop_class_uid != PATIENT_ROOT_FIND:
                 raise
         # It speaks Study Root only, and is asked about patients.
-        async for match in self._find_patients(transfer_syntax_uid, data):
-            yield LocalAnswer(0xFF00, match.encode(transfer_syntax_uid), transfer_syntax_uid)
+        async with aclosing(self._find_patients(transfer_syntax_uid, data)) as matches:
+            async for match in matches:
+                yield LocalAnswer(0xFF00, match.encode(transfer_syntax_uid), transfer_syntax_uid)
         yield LocalAnswer(0x0000)
 
     async def _find_patients(
@@ -154,7 +156,8 @@ class LocalPacs:
             identifier = Identifier.decode(data, transfer_syntax_uid)
         except IdentifierError:
             raise SourceError(self.name, Failure.NO_CONTEXT) from None
-        matches = self._source.find(SourceQuery(Level.PATIENT, identifier, interactive=True))
+        query = SourceQuery(Level.PATIENT, identifier, interactive=True, max_matches=_MOST_PATIENTS)
+        matches = self._source.find(query)
         async with aclosing(matches):
             async for match in matches:
                 yield match

@@ -73,7 +73,11 @@ class StateFile:
             return self._attempt(job)
         except _Unusable as unusable:
             self._set_aside(unusable.reason)
-        return self._attempt(job)
+        try:
+            return self._attempt(job)
+        except _Unusable as unusable:
+            # A new file is no better: it is the disk that fails.
+            raise sqlite3.DatabaseError(unusable.reason) from None
 
     def close(self) -> None:
         """Close the file; it opens again if it is used again."""

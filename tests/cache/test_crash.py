@@ -137,7 +137,7 @@ async def test_crash_at_any_step_leaves_whole_instances(tmp_path: Path, first: i
         ],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=240,
         check=False,
         cwd=Path(__file__).parents[2],
     )

@@ -8,6 +8,7 @@ import resource
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -192,4 +193,29 @@ async def test_whatever_call_the_disk_refuses_nothing_is_lost(
     await store.close()
     store = await opened(tmp_path)
     assert [(s.instances, s.complete) for s in store.studies()] == [(1, False)]
+    await store.close()
+
+
+async def test_study_that_the_disk_does_not_let_go_is_not_evicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It still takes its room, counts as held, and is served."""
+    store = await opened(tmp_path)
+    await fill(store, "1.1", 2)
+    before = store.stats()
+    real = os.rename
+
+    def refuse(path: Any, target: Any) -> None:
+        if "trash" in str(target):
+            raise OSError(errno.EIO, "refused")
+        real(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refuse)
+        assert await store.evict("1.1") == "failed"
+    stats = store.stats()
+    assert (stats.bytes, stats.instances, stats.evictions) == (before.bytes, 2, 0)
+    assert store.is_complete("1.1")
+    assert await store.evict("1.1") == "evicted"
+    assert store.stats().bytes == 0
     await store.close()

@@ -317,11 +317,11 @@ async def test_eviction_on_request_says_what_came_of_it(tmp_path: Path, held: st
 
 async def test_studies_unused_for_too_long_go(tmp_path: Path) -> None:
     """With a maximum age, what nobody used is evicted without anything arriving."""
-    store = await opened(tmp_path, max_age_seconds=1.0)
-    await fill(store, "1.2.3", 1)
+    store = await opened(tmp_path, max_age_seconds=2.0)
     await fill(store, "1.2.4", 1)
     assert await store.pin("1.2.4", True)
-    for _ in range(400):
+    await fill(store, "1.2.3", 1)
+    for _ in range(1200):
         if len(store.studies()) == 1:
             break
         await asyncio.sleep(0.05)

@@ -11,7 +11,7 @@ import pytest
 
 from dicomproxy.cache.thread import ThreadStopped, WriterThread
 
-DEADLINE_SECONDS = 10.0
+DEADLINE_SECONDS = 60.0
 
 
 class Log:

@@ -33,6 +33,7 @@ from tests.dimse_edge.harness import SHORT, until
 from tests.peers.ports import free_port
 from tests.support.log_watch import LogWatch
 from tests.support.stand_in import StandIn, anything, only, succeed
+from tests.support.time_passes import time_passes
 
 BIG = Item(data=bytes(range(256)) * 4000, uid="1.2.3.2")
 
@@ -351,13 +352,19 @@ async def test_transient_rejection_is_tried_again(monkeypatch: pytest.MonkeyPatc
 async def test_transient_rejection_does_not_last_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """After the time for retries the destination is lost, with the reason in words."""
     monkeypatch.setattr(module, "_RETRY_PAUSE_SECONDS", 0.01)
-    peer = StandIn(admit=rejecting(10**6, REJECT_LIMIT))
-    async with desk(peer, retry_seconds=0.05) as at, at.open() as delivery:
+
+    async def admit(_request: AssociateRequest) -> AssociateReject:
+        if len(peer.requests) == 3:
+            time_passes(31)
+        return REJECT_LIMIT
+
+    peer = StandIn(admit=admit)
+    async with desk(peer, retry_seconds=30.0) as at, at.open() as delivery:
         with pytest.raises(DestinationError) as caught:
             await delivery.send(Item())
     assert caught.value.failure is Failure.BUSY
     assert "local limit exceeded" in caught.value.detail
-    assert len(peer.requests) > 1
+    assert len(peer.requests) == 3
 
 
 async def test_permanent_rejection_is_not_tried_again() -> None:
@@ -407,7 +414,7 @@ async def test_association_that_ended_between_instances_is_replaced() -> None:
     async with desk(StandIn()) as at, at.open() as delivery:
         for number in range(3):
             assert await delivery.send(Item(uid=f"1.2.3.{number}")) == [Delivered.COMPLETED]
-            await at.peer.associations[-1].release(5.0)
+            await at.peer.associations[-1].release(60.0)
             await at.peer.end()
             await until(lambda: not any(one.established for one in at.peer.associations))
     assert len(at.peer.associations) == 3

@@ -31,12 +31,21 @@ PROPOSAL = Proposal(
 )
 SHORT = 0.2
 """Seconds: a deadline that is meant to pass."""
+AMPLE = 2.0
+"""Seconds: one that is meant to pass too, though not before something else, on a busy machine."""
 
 
 def patient(**changed: float) -> Timers:
     """Return timers that pass for nobody but those named."""
     return Timers(
-        **{"artim": 60.0, "association": 8.0, "response": 8.0, "idle": 8.0, "stall": 8.0, **changed}
+        **{
+            "artim": 60.0,
+            "association": 60.0,
+            "response": 60.0,
+            "idle": 60.0,
+            "stall": 60.0,
+            **changed,
+        }
     )
 
 
@@ -96,7 +105,7 @@ class Service:
         self.associations.put_nowait(association)
         try:
             while True:
-                await self._handle(association, await association.receive(8.0))
+                await self._handle(association, await association.receive(60.0))
         except AssociationError as error:
             self.ended.put_nowait(error)
 

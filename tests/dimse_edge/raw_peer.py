@@ -35,7 +35,7 @@ from dicomproxy.dimse.pdu import (
 CT = "1.2.840.10008.5.1.4.1.1.2"
 STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"
 VERIFICATION = "1.2.840.10008.1.1"
-DEADLINE_SECONDS = 10.0
+DEADLINE_SECONDS = 60.0
 
 P = TypeVar("P", bound=Pdu)
 

@@ -27,6 +27,7 @@ from dicomproxy.dimse.pdu import (
     ReleaseResponse,
 )
 from tests.dimse_edge.harness import (
+    AMPLE,
     PROPOSAL,
     SHORT,
     CheckingSink,
@@ -95,7 +96,7 @@ async def staged(
 
 
 async def passed(gate: asyncio.Event) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await gate.wait()
 
 
@@ -128,7 +129,7 @@ async def is_silent(peer: RawPeer, gate: asyncio.Event) -> None:
 
 
 async def reads_until_the_end(peer: RawPeer, _gate: asyncio.Event) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await peer.reader.read()
 
 
@@ -149,7 +150,7 @@ async def test_receive_ends_as_the_association_does(
 ) -> None:
     """Who waits for a message hears how it ended, and so does who asks later."""
     async with staged(script) as stage, asyncio.TaskGroup() as group:
-        waiting = group.create_task(fails(stage.association.receive(8.0)))
+        waiting = group.create_task(fails(stage.association.receive(60.0)))
         await asyncio.sleep(0)
         stage.gate.set()
         assert type(await waiting) is error
@@ -179,8 +180,8 @@ async def test_silence_is_a_timeout_and_the_association_stands() -> None:
             await stage.association.receive(SHORT)
         assert stage.association.established
         stage.gate.set()
-        assert (await stage.association.receive(8.0)).command.responds_to == 1
-        await stage.association.release(8.0)
+        assert (await stage.association.receive(60.0)).command.responds_to == 1
+        await stage.association.release(60.0)
 
 
 @pytest.mark.parametrize("ended_before", [False, True], ids=["open", "ended by the peer"])
@@ -206,7 +207,7 @@ async def test_abort_discards_what_was_not_received(ended_before: bool) -> None:
         association.abort()
         assert sink.discarded
         with pytest.raises(AssociationAborted):
-            await association.receive(8.0)
+            await association.receive(60.0)
 
 
 async def test_receive_cancelled_loses_no_message() -> None:
@@ -222,12 +223,12 @@ async def test_receive_cancelled_loses_no_message() -> None:
 
         async def waits() -> None:
             started.set()
-            await stage.association.receive(8.0)
+            await stage.association.receive(60.0)
 
         await cancel_when(started, waits())
         stage.gate.set()
-        assert (await stage.association.receive(8.0)).command.responds_to == 1
-        await stage.association.release(8.0)
+        assert (await stage.association.receive(60.0)).command.responds_to == 1
+        await stage.association.release(60.0)
 
 
 async def test_deadline_is_put_off_while_a_message_arrives() -> None:
@@ -237,14 +238,14 @@ async def test_deadline_is_put_off_while_a_message_arrives() -> None:
     async def trickles(peer: RawPeer, _gate: asyncio.Event) -> None:
         await peer.send(p_data(pdv(5, 3, response(FIND, 0xFF00, data_set=True).encode())))
         for at in range(0, 80, 10):
-            await asyncio.sleep(SHORT / 3)  # the pace of the line is what is tested
+            await asyncio.sleep(AMPLE / 6)  # the pace of the line is what is tested
             await peer.send(p_data(pdv(5, 2 if at == 70 else 0, data[at : at + 10])))
         await peer.released()
 
     async with staged(trickles) as stage:
-        message = await stage.association.receive(SHORT)
+        message = await stage.association.receive(AMPLE)
         assert (message.command.status, message.data) == (0xFF00, data)
-        await stage.association.release(8.0)
+        await stage.association.release(60.0)
 
 
 async def test_messages_that_came_before_the_end_are_received_before_it() -> None:
@@ -260,10 +261,10 @@ async def test_messages_that_came_before_the_end_are_received_before_it() -> Non
     async with staged(answers_and_aborts) as stage:
         stage.gate.set()
         await until(lambda: stage.association.ended is not None)
-        statuses = [(await stage.association.receive(8.0)).command.status for _ in range(2)]
+        statuses = [(await stage.association.receive(60.0)).command.status for _ in range(2)]
         assert statuses == [0, 0x0122]
         with pytest.raises(AssociationAborted):
-            await stage.association.receive(8.0)
+            await stage.association.receive(60.0)
 
 
 # --------------------------------------------------------------------- sending
@@ -297,7 +298,7 @@ async def test_peers_maximum_length_is_obeyed(max_length: int, size: int) -> Non
             association.context_for(STUDY_ROOT_FIND), FIND, Pattern.bytes_at(0, size)
         )
         assert association.messages_sent == 2
-        await association.release(8.0)
+        await association.release(60.0)
 
 
 @pytest.mark.parametrize("streamed", [True, False])
@@ -457,9 +458,9 @@ async def test_peers_that_stop_reading_leave_memory_for_others() -> None:
         await until(lambda: layer.send_pool.lent == crowd)
         await until(lambda: not any(one.protocol.writable for one in stalled))
         association = await layer.request(target(port), PROPOSAL)
-        async with asyncio.timeout(8):
+        async with asyncio.timeout(60):
             await association.send(association.context_for(CT), STORE, Pattern(700_001))
-        await association.release(8.0)
+        await association.release(60.0)
         assert not any(task.done() for task in sending)
         for one in stalled:
             one.abort()
@@ -509,7 +510,7 @@ async def test_command_longer_than_its_place_in_a_block_goes_ahead() -> None:
     async with staged(takes) as stage:
         association = stage.association
         await association.send(association.context_for(CT), command, Pattern(700_001))
-        await association.release(5)
+        await association.release(60)
 
 
 async def test_sender_waiting_for_memory_goes_on_when_it_comes() -> None:
@@ -532,7 +533,7 @@ async def test_sender_waiting_for_memory_goes_on_when_it_comes() -> None:
                 assert block is not None
                 pool.release(block)
             await sending
-        await association.release(8.0)
+        await association.release(60.0)
 
 
 async def test_messages_sent_at_once_do_not_mix() -> None:
@@ -549,7 +550,7 @@ async def test_messages_sent_at_once_do_not_mix() -> None:
         async with asyncio.TaskGroup() as group:
             for size in (5, 300_000, 70_000, 0):
                 group.create_task(association.send(context, STORE, Pattern(size)))
-        await association.release(8.0)
+        await association.release(60.0)
 
 
 async def test_send_cancelled_before_its_turn_harms_nobody() -> None:
@@ -574,7 +575,7 @@ async def test_send_cancelled_before_its_turn_harms_nobody() -> None:
         await cancel_when(started, second())
         hold.set()
         await sending
-        await association.release(8.0)
+        await association.release(60.0)
 
 
 async def test_cancel_request_is_received_while_a_message_is_being_sent() -> None:
@@ -590,7 +591,7 @@ async def test_cancel_request_is_received_while_a_message_is_being_sent() -> Non
                     message.context, response(message.command, 0xFF00, data_set=True), data
                 )
             )
-            cancel_request = await association.receive(8.0)
+            cancel_request = await association.receive(60.0)
             cancelled.append(cancel_request.command.responds_to)
             assert not sending.done()
             hold.set()
@@ -631,7 +632,7 @@ async def test_send_now_sends_only_between_messages() -> None:
         hold.set()
         await sending
         assert association.send_now(context, cancel(7)) is True
-        await association.release(8.0)
+        await association.release(60.0)
         assert association.send_now(context, cancel(7)) is False
 
 
@@ -653,7 +654,7 @@ async def test_messages_sent_in_one_go_arrive_whole_and_in_order() -> None:
             [(STORE, b"1" * 10), (STORE, b"2" * 9), (cancel(7), None), (STORE, b"3" * 8)],
         )
         assert (len(writes), association.messages_sent) == (1, 4)
-        await association.release(8.0)
+        await association.release(60.0)
 
 
 async def test_message_ids_go_round() -> None:
@@ -665,7 +666,7 @@ async def test_message_ids_go_round() -> None:
     async with staged(ends) as stage:
         ids = [stage.association.next_message_id() for _ in range(0x10001)]
         assert (ids[0], ids[0xFFFE], ids[0xFFFF]) == (1, 0xFFFF, 1)
-        await stage.association.release(8.0)
+        await stage.association.release(60.0)
 
 
 # -------------------------------------------------------------------- releasing
@@ -678,9 +679,9 @@ async def test_release_in_order() -> None:
         await peer.released()
 
     async with staged(ends) as stage:
-        await stage.association.release(8.0)
+        await stage.association.release(60.0)
         assert isinstance(stage.association.ended, AssociationReleased)
-        await stage.association.release(8.0)
+        await stage.association.release(60.0)
 
 
 async def test_release_that_is_not_answered_becomes_an_abort() -> None:
@@ -709,7 +710,7 @@ async def test_release_answered_by_abort_or_loss_is_over_too(
         await script(peer, gate)
 
     async with staged(other) as stage:
-        await stage.association.release(8.0)
+        await stage.association.release(60.0)
         assert type(stage.association.ended) is error
 
 
@@ -723,7 +724,7 @@ async def test_release_cancelled_aborts() -> None:
         assert await peer.expect_abort() == Abort(0, 0)
 
     async with staged(deaf) as stage:
-        await cancel_when(asked, stage.association.release(8.0))
+        await cancel_when(asked, stage.association.release(60.0))
         await stage.association.wait_closed()
 
 
@@ -737,10 +738,10 @@ async def test_data_that_crosses_our_release_is_still_received() -> None:
         await peer.expect_end()
 
     async with staged(crosses) as stage:
-        await stage.association.release(8.0)
-        assert (await stage.association.receive(8.0)).command.responds_to == 1
+        await stage.association.release(60.0)
+        assert (await stage.association.receive(60.0)).command.responds_to == 1
         with pytest.raises(AssociationReleased):
-            await stage.association.receive(8.0)
+            await stage.association.receive(60.0)
 
 
 async def test_nothing_is_sent_once_release_was_asked_for() -> None:
@@ -754,7 +755,7 @@ async def test_nothing_is_sent_once_release_was_asked_for() -> None:
 
     async with staged(slow) as stage, asyncio.TaskGroup() as group:
         association = stage.association
-        releasing = group.create_task(association.release(8.0))
+        releasing = group.create_task(association.release(60.0))
         await until(lambda: not association.established)
         with pytest.raises(AssociationReleased):
             await association.send(association.context_for(VERIFICATION), ECHO)
@@ -775,7 +776,7 @@ async def test_release_waits_for_the_message_being_sent() -> None:
         association = stage.association
         group.create_task(association.send(association.context_for(CT), STORE, data))
         await until(data.reading.is_set)
-        releasing = group.create_task(association.release(8.0))
+        releasing = group.create_task(association.release(60.0))
         await asyncio.sleep(0)
         assert association.established
         hold.set()
@@ -794,7 +795,7 @@ async def test_release_collision_as_requestor() -> None:
         await peer.expect_end()
 
     async with staged(collides) as stage:
-        await stage.association.release(8.0)
+        await stage.association.release(60.0)
         assert isinstance(stage.association.ended, AssociationReleased)
 
 
@@ -818,7 +819,7 @@ async def test_release_collision_as_acceptor(answered: bool) -> None:
     released = asyncio.Event()
 
     async def release(association: Association, _message: Message) -> None:
-        await association.release(8.0 if answered else SHORT)
+        await association.release(60.0 if answered else SHORT)
         released.set()
 
     async with (

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import socket
 from collections.abc import Callable
 
 import pytest
 
+from dicomproxy.dimse.association import Association
 from dicomproxy.dimse.errors import (
     AssociationAborted,
     AssociationError,
@@ -46,7 +49,14 @@ from tests.dimse_edge.harness import (
     target,
     until,
 )
-from tests.dimse_edge.raw_peer import CT, VERIFICATION, RawPeer, Script, raw_acceptor
+from tests.dimse_edge.raw_peer import (
+    CT,
+    DEADLINE_SECONDS,
+    VERIFICATION,
+    RawPeer,
+    Script,
+    raw_acceptor,
+)
 from tests.support.log_watch import LogWatch
 
 
@@ -153,7 +163,7 @@ async def test_silent_acceptor_costs_its_deadline() -> None:
 
     async def silent(peer: RawPeer) -> None:
         await peer.expect(AssociateRequest)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await peer.reader.read()
 
     async with (
@@ -224,7 +234,7 @@ async def test_request_cancelled_while_connecting_leaves_nothing(full_port: int)
     async with layer_left_clean() as layer:
         await cancel_when(
             lambda: len(layer.associations) == 1,
-            layer.request(Target("127.0.0.1", full_port, "A", "B", 8.0), PROPOSAL),
+            layer.request(Target("127.0.0.1", full_port, "A", "B", 60.0), PROPOSAL),
         )
         assert layer.associations == set()
 
@@ -270,7 +280,7 @@ async def test_contexts_are_what_was_proposed_and_accepted() -> None:
             association.context_for(CT)  # the peer took the role of SCU from us
         with pytest.raises(NoContext):
             association.context_for(VERIFICATION, EXPLICIT_VR_LITTLE_ENDIAN)
-        await association.release(8.0)
+        await association.release(60.0)
         assert isinstance(association.ended, AssociationReleased)
 
 
@@ -280,7 +290,7 @@ async def test_each_association_is_logged_once_when_it_is_over(log_watch: LogWat
         association = await layer.request(target(port), PROPOSAL)
         assert len(layer.associations) == 2
         assert log_watch.named("association") == []
-        await association.release(8.0)
+        await association.release(60.0)
         await until(lambda: not layer.associations)
         lines = log_watch.named("association")
     by_role = {line["role"]: line for line in lines}
@@ -304,10 +314,10 @@ async def test_close_aborts_what_is_open() -> None:
 
     async with layer_left_clean() as layer, raw_acceptor(established) as port:
         association = await layer.request(target(port), PROPOSAL)
-        await layer.close(8.0)
+        await layer.close(60.0)
         assert layer.associations == set()
         assert isinstance(association.ended, AssociationAborted)
-        async with asyncio.timeout(8):
+        async with asyncio.timeout(60):
             await told.wait()
 
 
@@ -318,7 +328,7 @@ async def test_close_does_not_wait_for_a_peer_that_never_closes() -> None:
     async def stubborn(peer: RawPeer) -> None:
         await peer.accept()
         await peer.expect(Abort)
-        async with asyncio.timeout(8):
+        async with asyncio.timeout(60):
             await over.wait()
 
     async with layer_left_clean() as layer, raw_acceptor(stubborn) as port:
@@ -366,10 +376,48 @@ async def test_peer_that_releases_at_once_is_released() -> None:
     async with layer_left_clean() as layer, raw_acceptor(hasty) as port:
         association = await layer.request(target(port), PROPOSAL)
         with pytest.raises(AssociationReleased):
-            await association.receive(8.0)
+            await association.receive(60.0)
         assert not association.established
 
 
 async def test_default_timers_are_those_of_the_standard_and_of_clinical_life() -> None:
     """ARTIM is 30 s (PS3.8 9.1.5); a response may take a minute."""
     assert (Timers().artim, Timers().response) == (30.0, 60.0)
+
+
+def sockets() -> int:
+    """Count the sockets that this process has open."""
+    count = 0
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the listing's own, closed since
+            count += os.readlink(f"/proc/self/fd/{descriptor}").startswith("socket:")
+    return count
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs Linux's list of descriptors")
+@pytest.mark.parametrize("late", [False, True])
+async def test_cancelled_in_the_moment_of_connecting_leaves_no_socket(
+    monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """Whether the loop says that such a connection is lost or not: the peer sees it end."""
+    service = Service()
+    requesting: list[asyncio.Task[Association]] = []
+    connected = Association.connected
+
+    def cancel_at_once(association: Association) -> None:
+        connected(association)
+        if association.is_requestor:
+            if late:
+                asyncio.get_running_loop().call_soon(requesting[-1].cancel)
+            else:
+                requesting[-1].cancel()
+
+    monkeypatch.setattr(Association, "connected", cancel_at_once)
+    async with layer_left_clean() as layer, listening(layer, service) as (_, port):
+        before = sockets()
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            for _ in range(5):
+                requesting.append(asyncio.create_task(layer.request(target(port), PROPOSAL)))
+                with pytest.raises(asyncio.CancelledError):
+                    await requesting[-1]
+        await until(lambda: not layer.associations and sockets() == before)

@@ -67,7 +67,7 @@ async def leased(
         raw_acceptor(accepts) as port,
         pool_left_clean(layer, port, ceiling=1) as pool,
     ):
-        yield pool, await pool.lease(Purpose.QUERY, timeout_seconds=8)
+        yield pool, await pool.lease(Purpose.QUERY, timeout_seconds=60)
 
 
 async def aborts(peer: RawPeer) -> None:
@@ -134,10 +134,10 @@ async def test_echo_returns_the_status_and_keeps_the_association(status: int) ->
         await peer.released()
 
     async with leased(play) as (pool, lease):
-        assert await echo(lease, 8.0) == status
-        again = await pool.lease(Purpose.QUERY, timeout_seconds=8)
+        assert await echo(lease, 60.0) == status
+        again = await pool.lease(Purpose.QUERY, timeout_seconds=60)
         assert again.reused
-        assert await echo(again, 8.0) == status
+        assert await echo(again, 60.0) == status
 
 
 @pytest.mark.parametrize(("play", "error"), ENDINGS)
@@ -147,7 +147,7 @@ async def test_echo_that_fails_gives_the_association_up(
     """Abort, loss, release or silence: the error says which, the lease is over."""
     async with leased(play) as (pool, lease):
         with pytest.raises(error):
-            await echo(lease, SHORT)
+            await echo(lease, SHORT if error is AssociationTimeout else 60.0)
         assert (pool.in_use, pool.idle) == (0, 0)
 
 
@@ -161,7 +161,7 @@ async def test_echo_cancelled_gives_the_association_up() -> None:
         await peer.expect_abort()
 
     async with leased(play) as (pool, lease):
-        await cancel_when(asked, echo(lease, 8.0))
+        await cancel_when(asked, echo(lease, 60.0))
         assert (pool.in_use, pool.idle) == (0, 0)
 
 
@@ -172,7 +172,7 @@ async def test_message_that_answers_nothing_is_a_protocol_error(
     """Another Message ID, another operation, or a request out of the blue: A-ABORT, and a line."""
     async with leased(answers(unfit)) as (_, lease):
         with pytest.raises(UnexpectedMessage):
-            await echo(lease, 8.0)
+            await echo(lease, 60.0)
     assert len(log_watch.named("protocol_error")) == 1
 
 
@@ -187,7 +187,7 @@ async def test_unfit_message_from_a_peer_that_has_left_is_no_crash() -> None:
 
     async with leased(play) as (_, lease):
         with pytest.raises(AssociationError):
-            await echo(lease, 8.0)
+            await echo(lease, 60.0)
 
 
 async def test_echo_without_its_context_is_no_context() -> None:
@@ -203,10 +203,10 @@ async def test_echo_without_its_context_is_no_context() -> None:
         pool_left_clean(layer, port) as pool,
     ):
         lease = await pool.lease(
-            Purpose.QUERY, timeout_seconds=8, proposal=Proposal(((CT, UNCOMPRESSED),))
+            Purpose.QUERY, timeout_seconds=60, proposal=Proposal(((CT, UNCOMPRESSED),))
         )
         with pytest.raises(NoContext):
-            await echo(lease, 8.0)
+            await echo(lease, 60.0)
         assert pool.in_use == 0
 
 
@@ -227,7 +227,7 @@ async def test_store_returns_the_response(status: int, streamed: bool) -> None:
     async with leased(play) as (_, lease):
         data = Pattern(70_000) if streamed else Pattern.bytes_at(0, 70_000)
         association = lease.association
-        answer = await store(association, association.context_for(CT), STORE, data, 8.0)
+        answer = await store(association, association.context_for(CT), STORE, data, 60.0)
         assert (answer.status, answer.command.affected_sop_instance_uid) == (status, "1.2.3")
         lease.done()
 
@@ -239,8 +239,9 @@ async def test_store_that_fails_ends_the_association(
     """What became of the instance is not known, and nothing more is sent there."""
     async with leased(play) as (_, lease):
         association = lease.association
+        seconds = SHORT if error is AssociationTimeout else 60.0
         with pytest.raises(error):
-            await store(association, association.context_for(CT), STORE, Pattern(100), SHORT)
+            await store(association, association.context_for(CT), STORE, Pattern(100), seconds)
         assert not association.established
         lease.discard()
 
@@ -257,7 +258,7 @@ async def test_store_cancelled_ends_the_association() -> None:
     async with leased(play) as (_, lease):
         association = lease.association
         await cancel_when(
-            asked, store(association, association.context_for(CT), STORE, Pattern(100), 8.0)
+            asked, store(association, association.context_for(CT), STORE, Pattern(100), 60.0)
         )
         assert isinstance(association.ended, AssociationAborted)
         lease.discard()
@@ -269,7 +270,7 @@ async def test_store_cancelled_ends_the_association() -> None:
 def query(
     lease: Lease,
     *,
-    seconds: Callable[[], float] = lambda: 8.0,
+    seconds: Callable[[], float] = lambda: 60.0,
     incoming: Callable[[Message], Awaitable[None]] | None = None,
     data: bytes = b"key",
 ) -> AbstractAsyncContextManager[AsyncGenerator[Response, None]]:
@@ -340,7 +341,7 @@ async def test_stopping_early_cancels_and_keeps_the_association() -> None:
             async for one in found:
                 assert one.data == b"first"
                 break
-        again = await pool.lease(Purpose.QUERY, timeout_seconds=8)
+        again = await pool.lease(Purpose.QUERY, timeout_seconds=60)
         assert again.reused
         again.done()
 
@@ -393,7 +394,7 @@ async def test_deadline_is_asked_again_before_each_wait() -> None:
 
     async def play(peer: RawPeer) -> None:
         await peer.expect_message()
-        async with asyncio.timeout(8):
+        async with asyncio.timeout(60):
             await go.wait()
         await peer.send_message(5, FINAL)
         await peer.released()
@@ -506,7 +507,7 @@ async def test_exchange_abandoned_while_its_request_is_sent_is_aborted() -> None
 
     async def play(peer: RawPeer) -> None:
         peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
-        async with asyncio.timeout(8):
+        async with asyncio.timeout(60):
             await over.wait()
 
     over = asyncio.Event()

@@ -35,6 +35,7 @@ from dicomproxy.dimse.pdu import (
 )
 from dicomproxy.dimse.pool import AssociationPool, Lease, Purpose
 from tests.dimse_edge.harness import (
+    AMPLE,
     SHORT,
     Service,
     answer,
@@ -56,7 +57,7 @@ class Setting:
     def __init__(self, pool: AssociationPool, service: Service, listener: Listener) -> None:
         self.pool, self.service, self.listener = pool, service, listener
 
-    async def lease(self, purpose: Purpose = QUERY, seconds: float = 8.0, **options: Any) -> Lease:
+    async def lease(self, purpose: Purpose = QUERY, seconds: float = 60.0, **options: Any) -> Lease:
         return await self.pool.lease(purpose, timeout_seconds=seconds, **options)
 
 
@@ -76,7 +77,7 @@ async def pooled(
 
 async def works(lease: Lease) -> None:
     """See that the leased association carries an exchange; gives it back."""
-    assert await echo(lease, 8.0) == 0
+    assert await echo(lease, 60.0) == 0
 
 
 async def test_association_given_back_serves_again() -> None:
@@ -184,7 +185,7 @@ async def test_waiter_cancelled_in_its_turn_passes_it_on() -> None:
         gone.cancel()
         with pytest.raises(asyncio.CancelledError):
             await gone
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             (await stays).done()
 
 
@@ -286,11 +287,11 @@ async def test_idle_association_expires() -> None:
 
 async def test_reused_association_does_not_expire_under_its_user() -> None:
     """The timer of an idle association stops when it is leased."""
-    async with pooled(idle_seconds=SHORT) as at:
+    async with pooled(idle_seconds=AMPLE) as at:
         (await at.lease()).done()
         lease = await at.lease()
         woken = asyncio.Event()
-        asyncio.get_running_loop().call_later(2 * SHORT, woken.set)
+        asyncio.get_running_loop().call_later(1.5 * AMPLE, woken.set)
         await woken.wait()
         assert lease.reused
         await works(lease)
@@ -321,11 +322,11 @@ async def test_idle_association_ended_by_the_peer_is_replaced(how: str) -> None:
         raw_acceptor(leaves, stays) as port,
         pool_left_clean(layer, port, ceiling=1) as pool,
     ):
-        first = await pool.lease(QUERY, timeout_seconds=8)
+        first = await pool.lease(QUERY, timeout_seconds=60)
         first.done()
         go.set()
         await until(lambda: first.association.ended is not None)
-        second = await pool.lease(QUERY, timeout_seconds=8)
+        second = await pool.lease(QUERY, timeout_seconds=60)
         assert not second.reused
         second.done()
         assert ended.is_set()
@@ -352,6 +353,35 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+async def test_who_asks_again_at_once_does_not_overtake_who_waits() -> None:
+    """A slot goes to the next in line at once, not to whoever comes first after that."""
+    async with pooled(ceiling=1) as at:
+        lease = await at.lease()
+        waiting = asyncio.create_task(at.lease())
+        await until(lambda: bool(at.pool._waiters))
+        lease.done()
+        with pytest.raises(AssociationTimeout):
+            await at.lease(seconds=SHORT)  # asks before the one that waits has been woken
+        (await waiting).done()
+
+
+async def test_risen_ceiling_serves_all_who_waited_for_it() -> None:
+    """What was lowered for a while is the ceiling again, for those in line as well."""
+    clock = Clock()
+    async with pooled(ceiling=3, clock=clock) as at:
+        at.pool._lowered_to, at.pool._lowered_at = 1, clock.now
+        lease = await at.lease()
+        waiting = [asyncio.create_task(at.lease()) for _ in range(3)]
+        await until(lambda: len(at.pool._waiters) == 3)
+        clock.now += 60.0
+        lease.done()
+        async with asyncio.timeout(60):
+            leases = await asyncio.gather(*waiting)
+        assert at.pool.in_use == 3
+        for each in leases:
+            each.done()
 
 
 async def test_transient_rejection_lowers_the_ceiling_and_waits() -> None:
@@ -421,7 +451,7 @@ async def test_refused_connection_gives_the_slot_back() -> None:
         ):
             for _ in range(3):
                 with pytest.raises(ConnectFailed):
-                    await pool.lease(RETRIEVE, timeout_seconds=8)
+                    await pool.lease(RETRIEVE, timeout_seconds=60)
                 assert pool.in_use == 0
 
 
@@ -445,10 +475,10 @@ async def test_negotiation_that_fails_gives_the_slot_back(ending: str) -> None:
         pool_left_clean(layer, port, ceiling=1) as pool,
     ):
         if ending == "cancel":
-            await cancel_when(asked, pool.lease(QUERY, timeout_seconds=8))
+            await cancel_when(asked, pool.lease(QUERY, timeout_seconds=60))
         else:
             with pytest.raises(AssociationError) as caught:
-                await pool.lease(QUERY, timeout_seconds=SHORT if ending == "timeout" else 8)
+                await pool.lease(QUERY, timeout_seconds=SHORT if ending == "timeout" else 60)
             assert isinstance(caught.value, AssociationTimeout) is (ending == "timeout")
         assert pool.in_use == 0
 
@@ -468,8 +498,8 @@ async def test_lease_cancelled_while_an_idle_one_yields() -> None:
         raw_acceptor(deaf) as port,
         pool_left_clean(layer, port, ceiling=1) as pool,
     ):
-        (await pool.lease(QUERY, timeout_seconds=8)).done()
-        await cancel_when(asked, pool.lease(QUERY, timeout_seconds=8, fresh=True))
+        (await pool.lease(QUERY, timeout_seconds=60)).done()
+        await cancel_when(asked, pool.lease(QUERY, timeout_seconds=60, fresh=True))
         assert (pool.in_use, pool.idle) == (0, 0)
 
 
@@ -497,12 +527,12 @@ async def test_cancelled_operation_is_read_to_its_end_and_the_association_kept()
         raw_acceptor(play) as port,
         pool_left_clean(layer, port, ceiling=1) as pool,
     ):
-        lease = await pool.lease(QUERY, timeout_seconds=8)
+        lease = await pool.lease(QUERY, timeout_seconds=60)
         context = lease.association.context_for(STUDY_ROOT_FIND)
         await lease.association.send(context, FIND, b"")
         lease.cancel(context, 5)
         assert pool.in_use == 1  # until the peer has stopped
-        again = await pool.lease(QUERY, timeout_seconds=8)
+        again = await pool.lease(QUERY, timeout_seconds=60)
         assert again.association is lease.association
         again.done()
 
@@ -528,7 +558,7 @@ async def test_cancelled_operation_that_does_not_end_is_aborted(
         raw_acceptor(play) as port,
         pool_left_clean(layer, port, ceiling=1) as pool,
     ):
-        lease = await pool.lease(QUERY, timeout_seconds=8)
+        lease = await pool.lease(QUERY, timeout_seconds=60)
         lease.cancel(lease.association.context_for(STUDY_ROOT_FIND), 5)
         await until(lambda: pool.in_use == 0)
         assert pool.idle == 0
@@ -551,7 +581,7 @@ async def test_endless_matches_after_cancel_are_cut_off(monkeypatch: pytest.Monk
         raw_acceptor(play) as port,
         pool_left_clean(layer, port, ceiling=1) as pool,
     ):
-        lease = await pool.lease(QUERY, timeout_seconds=8)
+        lease = await pool.lease(QUERY, timeout_seconds=60)
         lease.cancel(lease.association.context_for(STUDY_ROOT_FIND), 5)
         await until(lambda: pool.in_use == 0)
         assert isinstance(lease.association.ended, AssociationAborted)
@@ -618,6 +648,6 @@ async def test_close_does_not_wait_for_a_deaf_peer(monkeypatch: pytest.MonkeyPat
         raw_acceptor(deaf) as port,
         pool_left_clean(layer, port) as pool,
     ):
-        (await pool.lease(QUERY, timeout_seconds=8)).done()
-        async with asyncio.timeout(5):
+        (await pool.lease(QUERY, timeout_seconds=60)).done()
+        async with asyncio.timeout(60):
             await pool.close()

@@ -113,8 +113,8 @@ async def test_our_requestor_echoes_and_stores(
         layer_left_clean() as layer,
         pool_to(layer, port, (VERIFICATION, UNCOMPRESSED), (CT, (syntax,))) as pool,
     ):
-        assert await echo(await pool.lease(Purpose.QUERY, timeout_seconds=8), 8.0) == 0
-        lease = await pool.lease(Purpose.RETRIEVE, timeout_seconds=8)
+        assert await echo(await pool.lease(Purpose.QUERY, timeout_seconds=60), 60.0) == 0
+        lease = await pool.lease(Purpose.RETRIEVE, timeout_seconds=60)
         assert lease.reused
         association = lease.association
         assert association.peer_max_length == max_pdu
@@ -127,7 +127,7 @@ async def test_our_requestor_echoes_and_stores(
                 priority=0,
                 affected_sop_instance_uid=uid,
             )
-            answer = await store(association, association.context_for(CT), command, source, 8.0)
+            answer = await store(association, association.context_for(CT), command, source, 60.0)
             assert answer.status == 0xB007
         lease.done()
     assert stored == [(data, syntax, uid)] * 2
@@ -146,7 +146,7 @@ async def test_our_requestor_queries_and_cancels(acceptor: AE) -> None:
             return
         yield 0xFF00, event.identifier
         # While it has something to send pynetdicom does not read, so it sends no more.
-        end = time.monotonic() + 8
+        end = time.monotonic() + 60
         while time.monotonic() < end:
             if event.is_cancelled:  # true but once
                 cancelled.set()
@@ -161,7 +161,7 @@ async def test_our_requestor_queries_and_cancels(acceptor: AE) -> None:
         pool_to(layer, port, (STUDY_ROOT_FIND, UNCOMPRESSED)) as pool,
     ):
         for uid, stop in (("1.2", False), ("1.3", True)):
-            lease = await pool.lease(Purpose.QUERY, timeout_seconds=8)
+            lease = await pool.lease(Purpose.QUERY, timeout_seconds=60)
             context = lease.association.context_for(STUDY_ROOT_FIND)
             identifier = Dataset()
             identifier.QueryRetrieveLevel = "STUDY"
@@ -181,7 +181,7 @@ async def test_our_requestor_queries_and_cancels(acceptor: AE) -> None:
                     context,
                     command,
                     encode(identifier, implicit, True),
-                    timeout_seconds=lambda: 8.0,
+                    timeout_seconds=lambda: 60.0,
                 )
             ) as found:
                 async for one in found:
@@ -204,7 +204,7 @@ async def test_rejection_is_understood(acceptor: AE) -> None:
         pool_to(layer, port, (VERIFICATION, UNCOMPRESSED)) as pool,
     ):
         with pytest.raises(AssociationRejected) as caught:
-            await pool.lease(Purpose.QUERY, timeout_seconds=8)
+            await pool.lease(Purpose.QUERY, timeout_seconds=60)
     assert caught.value.rejection.in_words() == "permanent: called AE title not recognized"
 
 
@@ -232,7 +232,7 @@ async def test_our_listener_serves_its_requestor(ct_small: Dataset, max_length: 
 
     service = Service(handle, max_length=max_length)
     async with layer_left_clean() as layer, listening(layer, service) as (_, port):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             assert await asyncio.to_thread(requestor, port) == [0, 0, 0, 0]
     expected = encode(ct_small, False, True)
     assert stored == [(expected, EXPLICIT_VR_LITTLE_ENDIAN)] * 3
@@ -250,6 +250,6 @@ async def test_our_listener_notices_its_abort() -> None:
 
     service = Service()
     async with layer_left_clean() as layer, listening(layer, service) as (_, port):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await asyncio.to_thread(requestor, port)
         assert "aborted (source 0" in str(await service.end())

@@ -33,6 +33,7 @@ from dicomproxy.dimse.pdu import (
 )
 from dicomproxy.dimse.transport import _options_socket
 from tests.dimse_edge.harness import (
+    AMPLE,
     PROPOSAL,
     SHORT,
     CheckingSink,
@@ -90,7 +91,7 @@ async def test_sockets_send_without_delay_on_both_sides() -> None:
             theirs = await service.association()
             assert option(ours, socket.TCP_NODELAY) != 0
             assert option(theirs, socket.TCP_NODELAY) != 0
-            await ours.release(8.0)
+            await ours.release(60.0)
 
 
 # ---------------------------------------------------------------------- timers
@@ -119,13 +120,13 @@ async def test_artim_does_not_run_while_we_decide() -> None:
         await released.wait()
 
     async with (
-        layer_left_clean(patient(artim=SHORT)) as layer,
+        layer_left_clean(patient(artim=AMPLE)) as layer,
         listening(layer, Service(before=ponder)) as (_, port),
         raw_requestor(port) as peer,
     ):
         await peer.associate()
         loop = asyncio.get_running_loop()
-        loop.call_later(2 * SHORT, released.set)
+        loop.call_later(1.5 * AMPLE, released.set)
         await peer.expect(AssociateAccept)
         await peer.release()
 
@@ -133,7 +134,7 @@ async def test_artim_does_not_run_while_we_decide() -> None:
 async def test_connection_that_stays_open_after_release_is_closed_by_artim() -> None:
     """The peer got its A-RELEASE-RP and does not close: we do."""
     async with (
-        layer_left_clean(patient(artim=SHORT)) as layer,
+        layer_left_clean(patient(artim=AMPLE)) as layer,
         listening(layer, Service()) as (_, port),
         raw_requestor(port) as peer,
     ):
@@ -185,7 +186,7 @@ async def test_association_between_messages_does_not_stall() -> None:
 
 async def test_trickle_is_no_stall() -> None:
     """A slow line that keeps sending is waited for, however long the whole takes."""
-    async with layer_left_clean(patient(stall=SHORT)) as layer:
+    async with layer_left_clean(patient(stall=AMPLE)) as layer:
         sink = CheckingSink()
         service = Service(sink_for=to_sinks(sink))
         async with listening(layer, service) as (_, port), raw_requestor(port) as peer:
@@ -194,7 +195,7 @@ async def test_trickle_is_no_stall() -> None:
             step = len(whole) // 8 + 1
             for at in range(0, len(whole), step):
                 await peer.send(whole[at : at + step])
-                await asyncio.sleep(SHORT / 4)  # the pace of the line is what is tested
+                await asyncio.sleep(AMPLE / 6)  # the pace of the line is what is tested
             assert (await peer.expect_message())[1].status == 0
             assert (sink.received, sink.faults) == (10, 0)
             await peer.release()
@@ -265,7 +266,7 @@ async def test_first_pdu_that_is_no_request_is_answered_by_abort(log_watch: LogW
 async def test_garbage_without_end_is_dropped_after_artim() -> None:
     """A peer that goes on and on after A-ABORT costs no memory and one ARTIM period."""
     async with (
-        layer_left_clean(patient(artim=SHORT)) as layer,
+        layer_left_clean(patient(artim=AMPLE)) as layer,
         listening(layer, Service()) as (_, port),
         raw_requestor(port) as peer,
     ):
@@ -289,7 +290,7 @@ async def test_protocol_error_found_after_the_association_ended_is_no_crash() ->
         async with listening(layer, Service(late)) as (_, port), raw_requestor(port) as peer:
             await peer.establish()
             await peer.send(message(1, ECHO), Abort(0, 0))
-            async with asyncio.timeout(8):
+            async with asyncio.timeout(60):
                 await got.wait()
 
 
@@ -493,7 +494,7 @@ async def test_slow_sink_of_one_association_is_no_limit_to_small_messages_of_ano
 async def test_association_lost_while_it_waits_for_a_block_is_forgotten() -> None:
     """A peer that dies while it is paused takes no block and keeps none from others."""
     limits = Limits(receive_memory_bytes=4 * BLOCK)
-    async with layer_left_clean(patient(stall=2 * SHORT), limits) as layer:
+    async with layer_left_clean(patient(stall=AMPLE), limits) as layer:
         sink = CheckingSink(hold=True)
         service = Service(sink_for=to_sinks(sink))
         async with listening(layer, service) as (_, port), raw_requestor(port) as peer:
@@ -535,7 +536,7 @@ async def test_200_megabytes_pass_through_a_few_blocks() -> None:
             assert peak < 4_000_000
             assert repr(layer.receive_pool).startswith(("BlockPool(made=1/", "BlockPool(made=2/"))
             assert repr(layer.send_pool).startswith("BlockPool(made=1/")
-            await association.release(8.0)
+            await association.release(60.0)
 
 
 class CountingSink:
@@ -629,7 +630,7 @@ async def test_associations_leave_no_descriptor_however_they_end() -> None:
                     association = await layer.request(target(port), PROPOSAL)
                     match end:
                         case "release":
-                            await association.release(8.0)
+                            await association.release(60.0)
                         case "abort":
                             association.abort()
                         case "drop":
@@ -637,7 +638,7 @@ async def test_associations_leave_no_descriptor_however_they_end() -> None:
                         case _:
                             with pytest.raises(AssociationRejected):
                                 await layer.request(target(port), PROPOSAL)
-                            await association.release(8.0)
+                            await association.release(60.0)
                     await association.wait_closed()
                     await service.end()
                     await until(lambda: layer.associations == set())
@@ -676,7 +677,7 @@ async def test_peer_that_releases_amid_our_data_set_ends_the_sending() -> None:
 
     async def releases(peer: RawPeer) -> None:
         await peer.accept(max_length=0)
-        async with asyncio.timeout(8):
+        async with asyncio.timeout(60):
             await data.reading.wait()
         await peer.send(bytes.fromhex("05000000000400000000"))
         pdu_type = 0
@@ -687,7 +688,7 @@ async def test_peer_that_releases_amid_our_data_set_ends_the_sending() -> None:
     async with layer_left_clean() as layer, raw_acceptor(releases) as port:
         association = await layer.request(target(port), PROPOSAL)
         with pytest.raises(AssociationReleased):
-            await store(association, association.context_for(CT), STORE, data, 8.0)
+            await store(association, association.context_for(CT), STORE, data, 60.0)
 
 
 async def test_abort_reads_as_abort_even_with_data_in_flight() -> None:
@@ -697,7 +698,7 @@ async def test_abort_reads_as_abort_even_with_data_in_flight() -> None:
 
     async def aborts(peer: RawPeer) -> None:
         await peer.accept(max_length=0)
-        async with asyncio.timeout(8):
+        async with asyncio.timeout(60):
             await data.reading.wait()
         await peer.send(Abort(2, 6))
 
@@ -711,5 +712,5 @@ async def test_abort_reads_as_abort_even_with_data_in_flight() -> None:
 
             group.create_task(goes_on_once_aborted())
             with pytest.raises(AssociationAborted) as caught:
-                await store(association, association.context_for(CT), STORE, data, 8.0)
+                await store(association, association.context_for(CT), STORE, data, 60.0)
         assert (caught.value.source, caught.value.reason) == (2, 6)

@@ -50,7 +50,8 @@ _CYCLE = bytes(range(251)) * 4200  # a prime: no block boundary hides a shift
 class Settings:
     """What is held, and the ports of all; sizes in bytes.
 
-    ``stall_after``: the archive sends so many instances in all, and then no more.
+    ``stall_after``: the archive sends so many instances in all, and then no more;
+    by the last of them it has listed all that it has.
     """
 
     archive_port: int
@@ -155,6 +156,7 @@ class Region:
         self.layer = UpperLayer()
         self.tally = Tally()
         self._sent = 0
+        self._listed = asyncio.Event()
         # A header that fits every instance once its UID is put in.
         self._template = instance(
             study_instance_uid=settings.study_instance_uid,
@@ -198,6 +200,7 @@ class Region:
     async def _handle(self, association: Association, message: Message) -> None:
         command, context = message.command, message.context
         empty = association.called_ae_title == "LOCALPACS"
+        level = ""
         match command.field:
             case CommandField.C_STORE_RQ:
                 sink = message.sink
@@ -206,13 +209,15 @@ class Region:
                 self.tally.faulty += not sink.whole
                 self.tally.bytes += sink.received
             case CommandField.C_FIND_RQ if not empty:
-                await self._find(association, message)
+                level = await self._find(association, message)
             case CommandField.C_MOVE_RQ if not empty:
                 await self._move(association, message)
                 return
             case _:
                 pass
         await association.send(context, response(command, 0x0000))
+        if level == "IMAGE":
+            self._listed.set()
 
     # ----------------------------------------------------------------- archive
 
@@ -225,7 +230,7 @@ class Region:
             if not listed or sop_instance_uid(number) in listed
         ]
 
-    async def _find(self, association: Association, message: Message) -> None:
+    async def _find(self, association: Association, message: Message) -> str:
         implicit = message.context.transfer_syntax == IMPLICIT_VR_LITTLE_ENDIAN
         asked = decode(BytesIO(message.data), implicit, True)
         numbers = self._wanted(asked) if asked.QueryRetrieveLevel == "IMAGE" else [0]
@@ -241,6 +246,7 @@ class Region:
                 response(message.command, 0xFF00, data_set=True),
                 encode(row, implicit, True),
             )
+        return str(asked.QueryRetrieveLevel)
 
     async def _move(self, association: Association, message: Message) -> None:
         implicit = message.context.transfer_syntax == IMPLICIT_VR_LITTLE_ENDIAN
@@ -255,6 +261,8 @@ class Region:
             if self.settings.stall_after and self._sent >= self.settings.stall_after:
                 await asyncio.Event().wait()
             self._sent += 1
+            if self._sent == self.settings.stall_after:
+                await self._listed.wait()
             store = request(
                 CommandField.C_STORE_RQ,
                 self.sop_class_uid,

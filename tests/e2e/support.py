@@ -25,7 +25,9 @@ from tests.peers.node import Node
 from tests.peers.ports import free_port
 from tests.peers.workstation import Received
 
-DEADLINE_SECONDS: Final = 30.0
+DEADLINE_SECONDS: Final = 120.0
+PATIENCE: Final = "60s"
+"""For whatever may be slow because the machine is, and not because a test wants it so."""
 PROXY_TITLE: Final = "DICOMPROXY"
 
 Contents = dict[str, tuple[str, bytes]]
@@ -47,15 +49,23 @@ def configuration(
 ) -> dict[str, Any]:
     """Return a configuration as it stands in the file.
 
+    Deadlines for peers that are well are long: a test about one sets its own.
+
     Args:
         pacs: the local one.
         sources: nodes by name.
         more: by section, keys that are added; a source's by its name.
     """
+    patient = {"connect_timeout": PATIENCE, "query_timeout": PATIENCE}
     entries = [
-        dict(entry)
-        if isinstance(entry, Mapping)
-        else {"ae_title": entry.ae_title, "host": entry.host, "port": entry.port}
+        {
+            "query_budget": PATIENCE,
+            **(
+                entry
+                if isinstance(entry, Mapping)
+                else {"ae_title": entry.ae_title, "host": entry.host, "port": entry.port}
+            ),
+        }
         for entry in workstations
     ]
     made: dict[str, Any] = {
@@ -65,13 +75,14 @@ def configuration(
             "port": port or free_port(),
             "shutdown_grace": "5s",
         },
-        "local": dict(zip(("ae_title", "host", "port"), pacs, strict=True)),
+        "local": {**dict(zip(("ae_title", "host", "port"), pacs, strict=True)), **patient},
         "workstations": entries,
         "sources": [
             {
                 "name": name,
                 "type": "dimse",
                 **dict(zip(("ae_title", "host", "port"), node, strict=True)),
+                **patient,
                 **more.pop(name, {}),
             }
             for name, node in sources.items()
@@ -164,7 +175,7 @@ class Proxy:
                 raise ProxyFailed(f"not {what} in {seconds:g} s, events {self.events()[-5:]}")
             await asyncio.sleep(0.02)
 
-    async def command(self, *arguments: str, seconds: float = 60.0) -> tuple[int, str]:
+    async def command(self, *arguments: str, seconds: float = 120.0) -> tuple[int, str]:
         """Run another ``dicomproxy`` command; exit code and merged output."""
         return await command(*arguments, directory=self.directory, seconds=seconds)
 
@@ -219,7 +230,7 @@ class Proxy:
         url = f"http://127.0.0.1:{self.settings['web']['port']}{path}"
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with opener.open(url, timeout=5) as answer:
+            with opener.open(url, timeout=30) as answer:
                 return answer.status, answer.read().decode("utf-8")
         except urllib.error.HTTPError as error:
             with error:
@@ -237,6 +248,12 @@ class Proxy:
                 total += float(found.group(3))
         return total
 
+    def retrieves_running(self) -> int:
+        """Count the retrieves under way; from another thread than the loop's."""
+        prefix = 'dicomproxy_operations_running{kind="retrieve"} '
+        lines = self.http("/metrics")[1].splitlines()
+        return sum(int(float(one[len(prefix) :])) for one in lines if one.startswith(prefix))
+
     async def fetched(self) -> int:
         """Count the instances fetched from sources since the start."""
         return int(await self.metric("dicomproxy_instances_fetched_total"))
@@ -250,7 +267,7 @@ class Proxy:
         return int(found.group(1)) * 1024
 
 
-async def command(*arguments: str, directory: Path, seconds: float = 60.0) -> tuple[int, str]:
+async def command(*arguments: str, directory: Path, seconds: float = 120.0) -> tuple[int, str]:
     """Run a ``dicomproxy`` command to its end; exit code and merged output."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,

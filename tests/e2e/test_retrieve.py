@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ from tests.e2e.generator import Settings, sop_instance_uid
 from tests.e2e.scene import contents, figures, generator, setup, the_study
 from tests.e2e.support import (
     PROXY_TITLE,
-    Proxy,
     collect,
     identifier,
     received,
@@ -35,7 +35,7 @@ from tests.e2e.support import (
 )
 from tests.peers.archive import Archive
 from tests.peers.dcmtk import Dcmqrscp, Response, StoreScp
-from tests.peers.entity import STORAGE
+from tests.peers.entity import STORAGE, WAIT_SECONDS
 from tests.peers.node import Node
 from tests.peers.orthanc import Orthanc
 from tests.peers.ports import free_port
@@ -48,14 +48,27 @@ PATIENT = {"query_timeout": "60s"}
 
 
 class Dying(Archive):
-    """An archive that breaks off after it has sent some instances, and then is gone."""
+    """An archive that breaks off after it has sent some instances, and then is gone.
+
+    It has said which there are by then: one that has not is another matter.
+    """
 
     after = 5
+
+    def __init__(self, *given: Any, **more: Any) -> None:
+        super().__init__(*given, **more)
+        self._listed = threading.Event()
+
+    def _find(self, event: Any) -> Iterator[tuple[int, Dataset | None]]:
+        yield from super()._find(event)
+        if event.identifier.QueryRetrieveLevel == "IMAGE":
+            self._listed.set()
 
     def _send(self, event: Any, found: list[Dataset], service: Any) -> Iterator[Any]:
         for answer in super()._send(event, found, service):
             # What is about to leave is counted already; the first answer is only a number.
             if self.reject or (isinstance(answer, tuple) and sum(self.sent.values()) > self.after):
+                assert self._listed.wait(WAIT_SECONDS)
                 self.reject = "permanent"
                 event.assoc.abort()
                 raise ConnectionError
@@ -74,12 +87,12 @@ async def test_twenty_workstations_open_one_study_and_it_is_fetched_once(
         [north] = made.archives
         # Nothing is answered before all have asked.
         north.hold()
-        async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
+        async with asyncio.timeout(120), asyncio.TaskGroup() as tasks:
             asked = [
                 tasks.create_task(workstation.move(the_study(held)))
                 for workstation in made.workstations
             ]
-            await made.proxy.until(lambda: running(made.proxy) == 20, "asked by all")
+            await made.proxy.until(lambda: made.proxy.retrieves_running() == 20, "asked by all")
             north.release()
 
         assert {figures(one.result().final) for one in asked} == {(0x0000, 12, 0, 0)}
@@ -94,14 +107,6 @@ async def test_twenty_workstations_open_one_study_and_it_is_fetched_once(
         assert disclosed == {workstation.ae_title for workstation in made.workstations}
 
 
-def running(proxy: Proxy) -> int:
-    page = proxy.http("/metrics")[1]
-    prefix = 'dicomproxy_operations_running{kind="retrieve"} '
-    return sum(
-        int(float(line[len(prefix) :])) for line in page.splitlines() if line.startswith(prefix)
-    )
-
-
 async def test_twenty_series_and_their_study_are_fetched_once(start: MakeProxy) -> None:
     """Requests for parts and for the whole share one fetching."""
     held = study(20, 3)
@@ -109,7 +114,7 @@ async def test_twenty_series_and_their_study_are_fetched_once(start: MakeProxy) 
     async with setup(start, held, count=2, north=PATIENT) as made:
         [north] = made.archives
         north.hold()
-        async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
+        async with asyncio.timeout(120), asyncio.TaskGroup() as tasks:
             parts = [
                 tasks.create_task(
                     made.workstations[0].move(
@@ -123,7 +128,7 @@ async def test_twenty_series_and_their_study_are_fetched_once(start: MakeProxy) 
                 for uid in series
             ]
             whole = tasks.create_task(made.workstations[1].move(the_study(held)))
-            await made.proxy.until(lambda: running(made.proxy) == 21, "asked for all")
+            await made.proxy.until(lambda: made.proxy.retrieves_running() == 21, "asked for all")
             north.release()
 
         assert [figures(one.result().final) for one in parts] == [(0x0000, 3, 0, 0)] * 20
@@ -320,7 +325,8 @@ async def test_cancel_reaches_the_source_and_ends_with_fe00(start: MakeProxy) ->
     held = study(1, 60)
     async with setup(start, held) as made:
         [north] = made.archives
-        north.delay_seconds = 0.1
+        # It would take half a minute.
+        north.delay_seconds = 0.5
         result = await made.reading.move(the_study(held), cancel_after=3)
 
         final = result.final
@@ -392,11 +398,14 @@ async def test_a_source_process_that_dies_or_falls_silent_costs_what_it_had_not_
             workstations=[reading.node],
             port=port,
             proxy={"pending_interval": "1s"},
-            north={"stall_timeout": "1s", "first_instance_timeout": "1s"},
+            north={"stall_timeout": "5s", "first_instance_timeout": "5s"},
+            retrieve={"attempts": 1},
         )
 
         def on_response(response: Response) -> None:
-            if how == "killed" and response.completed == 4 and process.alive:
+            # All are listed, and nothing is sent any more.
+            counts = response.completed, response.remaining
+            if how == "killed" and counts == (4, 6) and process.alive:
                 process.kill()
 
         result = await reading.move(

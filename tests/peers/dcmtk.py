@@ -87,7 +87,7 @@ async def echoscu(
     calling: str = "ECHOSCU",
     called: str = "ANY-SCP",
     options: Sequence[str] = (),
-    seconds: float = 30.0,
+    seconds: float = 120.0,
 ) -> ScuResult:
     """Verify a peer with C-ECHO."""
     return await _scu("echoscu", port, calling, called, [], options, [], seconds)
@@ -101,7 +101,7 @@ async def findscu(
     calling: str = "FINDSCU",
     called: str = "ANY-SCP",
     options: Sequence[str] = (),
-    seconds: float = 30.0,
+    seconds: float = 120.0,
 ) -> ScuResult:
     """Ask for matches; they are the result's ``datasets``.
 
@@ -121,7 +121,7 @@ async def movescu(
     calling: str = "MOVESCU",
     called: str = "ANY-SCP",
     options: Sequence[str] = (),
-    seconds: float = 60.0,
+    seconds: float = 120.0,
 ) -> ScuResult:
     """Have a study sent to *destination* (an AE title)."""
     arguments = [root, *_keys(keys), "-aem", destination]
@@ -136,7 +136,7 @@ async def getscu(
     calling: str = "GETSCU",
     called: str = "ANY-SCP",
     options: Sequence[str] = (),
-    seconds: float = 60.0,
+    seconds: float = 120.0,
 ) -> ScuResult:
     """Retrieve over the same association; instances are the result's ``datasets``."""
     arguments = [root, *_keys(keys), "+B"]
@@ -150,7 +150,7 @@ async def storescu(
     calling: str = "STORESCU",
     called: str = "ANY-SCP",
     options: Sequence[str] = (),
-    seconds: float = 60.0,
+    seconds: float = 120.0,
 ) -> ScuResult:
     """Send Part 10 files as they are: one proposal for each syntax that occurs."""
     arguments = ["-R"]

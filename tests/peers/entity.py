@@ -33,7 +33,7 @@ GET: Final = {"P": "1.2.840.10008.5.1.4.1.2.1.3", "S": "1.2.840.10008.5.1.4.1.2.
 UNCOMPRESSED: Final = [ExplicitVRLittleEndian, ImplicitVRLittleEndian]
 STORAGE: Final = tuple(str(one.abstract_syntax) for one in AllStoragePresentationContexts)
 MOST_CONTEXTS: Final = 128
-WAIT_SECONDS: Final = 30.0
+WAIT_SECONDS: Final = 60.0
 
 Root = Literal["P", "S"]
 Service = Literal["find", "move", "get", "store"]

@@ -100,7 +100,7 @@ class PeerProcess:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def wait_ready(self, ready: Callable[[], bool], seconds: float = 20.0) -> bool:
+    def wait_ready(self, ready: Callable[[], bool], seconds: float = 60.0) -> bool:
         """Poll until *ready*; False if the program ended first.
 
         Raises:

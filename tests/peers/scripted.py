@@ -33,7 +33,7 @@ ABORT: Final = 0x07
 
 IMPLICIT_VR_LITTLE_ENDIAN: Final = "1.2.840.10008.1.2"
 _APPLICATION_CONTEXT: Final = b"1.2.840.10008.3.1.1.1"
-_SECONDS: Final = 20.0
+_SECONDS: Final = 60.0
 
 
 class ScriptBroken(AssertionError):

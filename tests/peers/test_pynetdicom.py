@@ -101,7 +101,7 @@ async def test_gate_holds_answers_until_it_opens() -> None:
         await archive.held()
         assert not asking.done()
         archive.release()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             result = await asking
 
     assert len(result.rows) == 1

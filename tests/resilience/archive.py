@@ -160,9 +160,16 @@ class Archive:
         assert server is not None
         for listening in server.sockets:
             loop.remove_reader(listening)
-        # A connection that is being accepted when a server is closed would be lost track of;
-        # those that come from now on are refused as the socket closes.
-        loop.call_later(0.02, server.close)
+
+        def close(turns: int) -> None:
+            # A connection that is being accepted when a server is closed would be lost track of;
+            # those that come from now on are refused as the socket closes.
+            if turns:
+                loop.call_soon(close, turns - 1)
+            else:
+                server.close()
+
+        close(10)
         self.hang_up()
 
     def hang_up(self) -> None:

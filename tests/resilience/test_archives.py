@@ -10,12 +10,16 @@ from pathlib import Path
 import pytest
 
 from dicomproxy.dimse.pdu import REJECT_CONGESTION
+from dicomproxy.ports import CachedInstance, InstanceReader
+from dicomproxy.retrieval.delivery import Ahead
+from dicomproxy.retrieval.flight import Flight
 from tests.resilience.archive import Archive, Held, at_phase
 from tests.resilience.reading import Reading
 from tests.resilience.region import assert_true, assert_whole, region, uid_of, uids
 from tests.support.datasets import instance, study
 from tests.support.log_watch import LogWatch
 from tests.support.stand_in import SECONDS
+from tests.support.time_passes import time_passes, turns
 
 MOVE_AND_GET = pytest.mark.parametrize("retrieve", ["c-move", "c-get"])
 
@@ -123,8 +127,13 @@ async def test_long_silence_before_the_first_instance(tmp_path: Path, retrieve: 
     """A tape may be fetched: until something has come, patience is the longer one."""
     held = study(1, 3)
     north = Archive("NORTH", held)
-    north.at = at_phase("store", lambda: asyncio.sleep(0.8))
-    timeouts = {"stall_timeout": "200ms", "first_instance_timeout": "8s", "retrieve": retrieve}
+
+    async def tape() -> None:
+        time_passes(11)
+        await turns(10)  # whatever is due is done
+
+    north.at = at_phase("store", tape)
+    timeouts = {"stall_timeout": "10s", "first_instance_timeout": "40s", "retrieve": retrieve}
     async with region(tmp_path, north, north=timeouts) as here:
         answer = await here.reading.move(uid_of(held))
 
@@ -142,14 +151,15 @@ async def test_tape_while_another_study_streams(tmp_path: Path) -> None:
         if phase == "move" and north.orders[-1].study == uid_of(slow):
             asked.set()
             await streamed.wait()
-            await asyncio.sleep(1.5)
+            time_passes(11)
+            await turns(10)  # whatever is due is done
         elif phase == "move":
             async with asyncio.timeout(SECONDS):
                 await asked.wait()
 
     north.at = script
     readings = [Reading("READING1"), Reading("READING2")]
-    timeouts = {"stall_timeout": "200ms", "first_instance_timeout": "8s"}
+    timeouts = {"stall_timeout": "10s", "first_instance_timeout": "40s"}
     async with region(tmp_path, north, readings=readings, north=timeouts):
         async with asyncio.TaskGroup() as group:
             first = group.create_task(readings[0].move(uid_of(quick)))
@@ -166,16 +176,21 @@ async def test_first_instance_that_never_comes(tmp_path: Path, retrieve: str) ->
     """The longer patience has an end too; what was listed is then reported as failed."""
     held = study(1, 3)
     north = Archive("NORTH", held)
-    never = asyncio.Event()
+    never, listed = asyncio.Event(), asyncio.Event()
 
     async def script(phase: str) -> None:
         if phase == "store":
+            async with asyncio.timeout(SECONDS):
+                await listed.wait()
+            time_passes(21)
             await never.wait()
+        elif phase == "listed IMAGE":
+            listed.set()
 
     north.at = script
     timeouts = {
-        "first_instance_timeout": "300ms",
-        "stall_timeout": "200ms",
+        "first_instance_timeout": "20s",
+        "stall_timeout": "10s",
         "retrieve": retrieve,
     }
     async with region(tmp_path, north, north=timeouts) as here:
@@ -192,14 +207,19 @@ async def test_stall_after_the_first_instance(tmp_path: Path, retrieve: str) -> 
     held = study(1, 4)
     north = Archive("NORTH", held)
     north.sends_pending = False
-    ended = asyncio.Event()
+    ended, listed = asyncio.Event(), asyncio.Event()
 
     async def script(phase: str) -> None:
-        if phase == "store" and len(north.acknowledged) == 2:
+        if phase == "listed IMAGE":
+            listed.set()
+        elif phase == "store" and len(north.acknowledged) == 2:
+            async with asyncio.timeout(SECONDS):
+                await listed.wait()
+            time_passes(11)
             await ended.wait()
 
     north.at = script
-    timeouts = {"stall_timeout": "200ms", "first_instance_timeout": "60s", "retrieve": retrieve}
+    timeouts = {"stall_timeout": "10s", "first_instance_timeout": "300s", "retrieve": retrieve}
     async with region(tmp_path, north, north=timeouts) as here:
         answer = await here.reading.move(uid_of(held))
 
@@ -216,23 +236,25 @@ async def test_unchanged_pending_for_ever(
     """Responses that say nothing new are no sign of life: the order is given up and cancelled."""
     held = study(1, 4)
     north = Archive("NORTH", held)
-    ended = asyncio.Event()
+    ended, listed = asyncio.Event(), asyncio.Event()
 
     async def script(phase: str) -> None:
-        if phase == "store" and len(north.acknowledged) == 2:
-            await ended.wait()
+        if phase == "listed IMAGE":
+            listed.set()
+        elif phase == "store" and len(north.acknowledged) == 2:
+            async with asyncio.timeout(SECONDS):
+                await listed.wait()
+            for _ in range(11):
+                await north.repeat_pending()
+                await asyncio.sleep(0.01)
+                time_passes(1)
+            while not ended.is_set():
+                await north.repeat_pending()
+                await asyncio.sleep(0.01)
 
     north.at = script
-
-    async def talk() -> None:
-        """Repeat the last Pending on every association that is moving."""
-        while not ended.is_set():
-            await north.repeat_pending()
-            await asyncio.sleep(0.02)
-
-    timeouts = {"stall_timeout": "300ms", "first_instance_timeout": "300ms", "retrieve": retrieve}
-    async with region(tmp_path, north, north=timeouts) as here, asyncio.TaskGroup() as group:
-        group.create_task(talk())
+    timeouts = {"stall_timeout": "10s", "first_instance_timeout": "10s", "retrieve": retrieve}
+    async with region(tmp_path, north, north=timeouts) as here:
         answer = await here.reading.move(uid_of(held))
 
         assert_true(answer, here.reading, uids(held))
@@ -332,6 +354,42 @@ async def test_study_that_shrinks_between_two_retrieves(tmp_path: Path) -> None:
         assert (meanwhile.status, meanwhile.completed) == (0x0000, len(second.arrived))
         assert_whole(after, third, north)
         assert north.sent.total() == 4
+
+
+@pytest.mark.parametrize("holders", [1, 2])
+async def test_study_that_shrinks_as_it_is_delivered(
+    tmp_path: Path, holders: int, log_watch: LogWatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is dropped in its turn is nobody's failure; another holder that has it gives it."""
+    held = study(1, 4)
+    gone = str(held[0].SOPInstanceUID)
+    north, others = Archive("NORTH", held), [Archive("SOUTH", held)][: holders - 1]
+    readings = [Reading(f"READING{number}") for number in (1, 2)]
+    dropped = asyncio.Event()
+    remove, opening = Flight.remove, Ahead.open
+
+    async def removed(self: Flight, sop_instance_uids: list[str]) -> None:
+        await remove(self, sop_instance_uids)
+        dropped.set()
+
+    async def open_late(self: Ahead, one: CachedInstance) -> InstanceReader:
+        if one.sop_instance_uid == gone and north.held.keys() != uids(held):
+            async with asyncio.timeout(SECONDS):
+                await dropped.wait()
+        return await opening(self, one)
+
+    monkeypatch.setattr(Flight, "remove", removed)
+    monkeypatch.setattr(Ahead, "open", open_late)
+    async with region(tmp_path, north, *others, readings=readings):
+        await readings[0].find(uid_of(held))
+        await readings[0].move(uid_of(held))
+        del north.held[gone]
+
+        answer = await readings[1].move(uid_of(held))
+
+        assert_whole(answer, readings[1], others[0] if others else north)
+        assert [set(one.sent) for one in others] == [{gone}][: holders - 1]
+        assert not log_watch.named("instance_damaged")
 
 
 async def test_study_that_shrinks_while_it_is_fetched(tmp_path: Path) -> None:

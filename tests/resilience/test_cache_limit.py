@@ -54,7 +54,9 @@ async def test_limit_is_kept_under_load(tmp_path: Path, log_watch: LogWatch) -> 
     most = 0
     over = asyncio.Event()
     cache = {"max_size": f"{LIMIT_BYTES}B"}
-    async with region(tmp_path, north, readings=[slow, *quick], cache=cache) as here:
+    timers = {"timers": {"response": "600s"}}
+    readings = [slow, *quick]
+    async with region(tmp_path, north, readings=readings, cache=cache, proxy=timers) as here:
         directory = here.application.settings.cache.directory
 
         async def watch() -> None:

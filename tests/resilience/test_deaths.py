@@ -18,6 +18,7 @@ from tests.resilience.archive import Archive
 from tests.resilience.region import assert_true, assert_whole, region, uid_of, uids
 from tests.support.datasets import study
 from tests.support.stand_in import SECONDS
+from tests.support.time_passes import time_passes, turns
 
 BEFORE_THE_MANIFEST = ("connect", "associate", "find")
 AFTER_THE_MANIFEST = ("move", "between", "middle", "final")
@@ -26,8 +27,13 @@ PHASES = (*BEFORE_THE_MANIFEST, *AFTER_THE_MANIFEST)
 Action = Callable[[], Awaitable[None] | None]
 
 
-def fate(archive: Archive, point: str, action: Action) -> Callable[[str], Awaitable[None]]:
-    """Return a script that does *action* at *point*; the manifest is given out first, or never."""
+def fate(
+    archive: Archive, point: str, action: Action, *, patience_seconds: float = 0.0
+) -> Callable[[str], Awaitable[None]]:
+    """Return a script that does *action* at *point*; the manifest is given out first, or never.
+
+    Who waits for an order that is never served waits no longer than *patience_seconds*.
+    """
     listed = asyncio.Event()
 
     async def script(phase: str) -> None:
@@ -37,6 +43,7 @@ def fate(archive: Archive, point: str, action: Action) -> Callable[[str], Awaita
             async with asyncio.timeout(SECONDS):
                 await listed.wait()
         elif phase == "move":
+            time_passes(patience_seconds)
             await asyncio.Event().wait()  # until the association is over
         stored = len(archive.acknowledged)
         reached = {
@@ -98,20 +105,20 @@ async def test_silent(tmp_path: Path, point: str, holders: int) -> None:
     north = Archive("NORTH", held)
     archives = [north, Archive("SOUTH", held)][:holders]
     over = asyncio.Event()
-    patience = {
-        "query_timeout": "300ms",
-        "first_instance_timeout": "300ms",
-        "stall_timeout": "300ms",
-    }
+    patience = {"first_instance_timeout": "10s", "stall_timeout": "10s"}
+    if point in BEFORE_THE_MANIFEST:
+        patience["query_timeout"] = "10s"
     async with region(tmp_path, *archives, north=patience) as here:
         await here.reading.find(uid_of(held))
         if point == "associate":
             north.hang_up()
 
         async def silence() -> None:
+            await turns(20)  # what was sent arrives before that
+            time_passes(11)
             await over.wait()
 
-        north.at = fate(north, point, silence)
+        north.at = fate(north, point, silence, patience_seconds=11)
         answer = await here.reading.move(uid_of(held))
 
         if holders == 2:

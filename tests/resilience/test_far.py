@@ -45,6 +45,16 @@ async def test_lists_are_fetched_in_parallel(tmp_path: Path, ceiling: int, retri
     held = study(1, 21)
     north = Archive("NORTH", held)
     keys = {"parallel_associations": ceiling, "retrieve": retrieve}
+    all_busy = asyncio.Event()
+
+    async def script(phase: str) -> None:
+        if phase == "store":
+            if len(north.moving) == ceiling - 1:
+                all_busy.set()
+            async with asyncio.timeout(SECONDS):
+                await all_busy.wait()
+
+    north.at = script
     async with far(tmp_path, north, north=keys) as here:
         answer = await here.reading.move(uid_of(held))
 
@@ -137,7 +147,21 @@ async def test_killed_among_parallel_lists(tmp_path: Path, holders: int, retriev
     held = study(2, 10)
     north = Archive("NORTH", held)
     others = [Archive("SOUTH", held)][: holders - 1]
-    north.at = at_phase("stored", north.die, times=7)
+    listed, both = 0, asyncio.Event()
+    die = at_phase("stored", north.die, times=7)
+
+    async def script(phase: str) -> None:
+        nonlocal listed
+        if phase == "listed IMAGE":
+            listed += 1
+            if listed == 2:
+                both.set()
+        elif phase == "move":
+            async with asyncio.timeout(SECONDS):
+                await both.wait()
+        await die(phase)
+
+    north.at = script
     async with far(tmp_path, north, *others, north={"retrieve": retrieve}) as here:
         await here.reading.find(uid_of(held))
         answer = await here.reading.move(uid_of(held))

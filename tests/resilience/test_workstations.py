@@ -16,6 +16,7 @@ from tests.resilience.reading import Reading
 from tests.resilience.region import assert_true, assert_whole, region, uid_of, uids
 from tests.support.datasets import instance, study
 from tests.support.stand_in import SECONDS
+from tests.support.time_passes import time_passes, turns
 
 MR = "1.2.840.10008.5.1.4.1.1.4"
 
@@ -26,13 +27,17 @@ async def test_one_that_stops_reading(tmp_path: Path) -> None:
     north = Archive("NORTH", held)
     stuck, other = Reading("READING1"), Reading("READING2")
     paused: set[Association] = set()
+    served = asyncio.Event()
 
     async def pause(_phase: str, association: Association) -> None:
         association.protocol.pause()
         paused.add(association)
+        if served.is_set():
+            await turns(100)  # what it is sent does not fit into what the kernel holds
+            time_passes(21)
 
     stuck.at = pause
-    timers = {"timers": {"stall": "500ms", "response": "60s"}}
+    timers = {"timers": {"stall": "20s", "response": "60s"}}
     async with (
         region(tmp_path, north, readings=[stuck, other], proxy=timers),
         asyncio.TaskGroup() as group,
@@ -45,6 +50,8 @@ async def test_one_that_stops_reading(tmp_path: Path) -> None:
         assert not moving.done()
         assert_whole(answer, other, north)
 
+        served.set()
+        time_passes(21)
         answer = await moving
         assert (answer.status, answer.completed, answer.failed) == (0xA702, 0, len(held))
         assert set(answer.listed) == uids(held)
@@ -62,11 +69,13 @@ async def test_one_that_does_not_answer(tmp_path: Path) -> None:
 
     async def say_nothing(phase: str, _association: Association) -> None:
         if phase == "instance":
+            if asked.is_set():
+                time_passes(21)
             asked.set()
             await over.wait()
 
     mute.at = say_nothing
-    timers = {"timers": {"response": "500ms"}}
+    timers = {"timers": {"response": "20s"}}
     async with (
         region(tmp_path, north, readings=[mute, other], proxy=timers),
         asyncio.TaskGroup() as group,
@@ -76,6 +85,7 @@ async def test_one_that_does_not_answer(tmp_path: Path) -> None:
             await asked.wait()
         assert_whole(await other.move(uid_of(held)), other, north)
 
+        time_passes(21)
         answer = await moving
         assert (answer.status, answer.completed, answer.failed) == (0xA702, 0, len(held))
         over.set()

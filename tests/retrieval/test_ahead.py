@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -90,7 +91,7 @@ async def test_few_are_open_at_once_and_each_is_opened_once(store: Store) -> Non
     """However long the study, the one being sent and four more are open; one visit opens some."""
     view = View([instance(number) for number in range(20)])
     ahead = ahead_of(view, store)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while view.left:
             reader = await ahead.open(view.next())
             await opened(ahead)
@@ -107,7 +108,7 @@ async def test_what_is_passed_over_is_let_go(store: Store) -> None:
     """
     view = View([instance(number) for number in range(20)])
     ahead = ahead_of(view, store)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await (await ahead.open(view.next())).close()
         await opened(ahead)
         gone = store.open_now[:]
@@ -128,11 +129,24 @@ async def test_closed_while_opening_leaves_nothing_open(store: Store) -> None:
     view = View([instance(number) for number in range(6)])
     ahead = ahead_of(view, store)
     store.gate.clear()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await (await ahead.open(view.next())).close()
         opening = ahead._opening
         assert opening is not None
         store.gate.set()
         await ahead.close()
     assert opening.done()
+    assert store.open_now == []
+
+
+async def test_instance_that_came_twice_is_opened_once(store: Store) -> None:
+    """A source may send one again; the one that is held now is opened, and closed again."""
+    first, again = instance(1), replace(instance(1), file_name="1a")
+    view = View([instance(0), first, again, instance(2)])
+    ahead = ahead_of(view, store)
+    async with asyncio.timeout(60):
+        await (await ahead.open(view.next())).close()
+        await opened(ahead)
+        assert store.open_now == [again, instance(2)]
+    await ahead.close()
     assert store.open_now == []

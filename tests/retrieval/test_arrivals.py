@@ -54,7 +54,7 @@ async def scene() -> AsyncIterator[Scene]:
         STUDY, Selection(), (Holder(made.north, PATIENT_ID),), frozenset({"north"}), PATIENT_ID
     )
     async with made.world.flights.join(request):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not made.north.orders:  # noqa: ASYNC110 (the fake has no event for it)
                 await asyncio.sleep(0)
         yield made

@@ -22,7 +22,7 @@ from dicomproxy.ports import (
     SourceError,
     SourceQuery,
 )
-from dicomproxy.retrieval import orders
+from dicomproxy.retrieval import flights, orders
 from dicomproxy.retrieval import relay as relay_module
 from dicomproxy.retrieval.coordinator import RetrieveCoordinator, RetrieveOutcome, RetrieveRequest
 from dicomproxy.retrieval.holder import Holder
@@ -45,7 +45,7 @@ from tests.retrieval.fakes import (
 from tests.sentinel import PATIENT_ID
 from tests.support.log_watch import LogWatch
 
-SECONDS = 20
+SECONDS = 60
 
 
 @pytest.fixture
@@ -614,6 +614,28 @@ async def test_study_that_moved_is_found_where_it_is(build: Build) -> None:
     outcome = await run(world.operation(workstation))
     assert outcome == RetrieveOutcome(0x0000, completed=2)
     assert (STUDY, "north") not in world.memory.known
+
+
+async def test_study_whose_remembered_holder_is_down_is_looked_for_elsewhere(build: Build) -> None:
+    """Somebody else may have it too, although only one was ever seen to."""
+    north, south = Archive("north", study(2)), Archive("south", study(2))
+    world, workstation = build(north, south), Workstation()
+    world.memory.remember([Location(STUDY, "north", PATIENT_ID)])
+    north.down()
+    outcome = await run(world.operation(workstation))
+    assert outcome == RetrieveOutcome(0x0000, completed=2)
+    assert sorted(workstation.received) == sorted(study(2).instances)
+
+
+async def test_study_whose_only_holder_is_down_is_asked_of_the_others_once(build: Build) -> None:
+    """Nobody else has it: there may be more than anybody can tell, which is no Success."""
+    north, south = Archive("north", study(2)), Archive("south")
+    world = build(north, south)
+    world.memory.remember([Location(STUDY, "north", PATIENT_ID)])
+    north.down()
+    outcome = await run(world.operation(Workstation()))
+    assert (outcome.status, outcome.completed) == (0xA701, 0)
+    assert [query.level for query in south.queries] == [Level.STUDY]
 
 
 @pytest.mark.parametrize("relay", [True, False])
@@ -1287,6 +1309,64 @@ async def test_a_source_that_was_replaced_is_in_use_until_it_has_answered(
         await unused
 
 
+async def test_a_source_that_was_replaced_is_unused_once_its_orders_have_ended(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flight that goes on by a newer one, for however long, keeps the former open no longer."""
+    monkeypatch.setattr(flights, "_RECHECK_SECONDS", 0.01)
+    old, new, gate = Archive("north", study(3)), Archive("north", study(3)), asyncio.Event()
+    old.gate = lambda uid: gate
+    world = build(old)
+    first, second = (
+        FlightRequest(
+            STUDY, Selection(), (Holder(source, PATIENT_ID),), frozenset({"north"}), PATIENT_ID
+        )
+        for source in (old, new)
+    )
+    new.arrivals = world.arrivals
+    async with (
+        asyncio.timeout(SECONDS),
+        world.flights.join(first),
+        world.flights.join(second),
+    ):
+        await until(lambda: bool(old.orders))
+        unused = asyncio.create_task(world.flights.wait_unused([old]))
+        await settle()
+        assert not unused.done()
+        gate.set()
+        await unused
+
+
+async def test_closing_lets_a_flight_that_is_ending_end(build: Build) -> None:
+    """It gives its study back although its orders take a while to be cancelled."""
+    north, gate = Archive("north", study(3)), asyncio.Event()
+    north.gate = lambda uid: asyncio.Event()
+    steps = north.retrieve
+
+    async def slow_to_end(order: RetrieveOrder) -> AsyncIterator[RetrieveProgress]:
+        try:
+            async for step in steps(order):
+                yield step
+        finally:
+            await gate.wait()
+
+    north.retrieve = slow_to_end  # type: ignore[method-assign]
+    world = build(north)
+    world.know(north)
+    operation = world.operation(Workstation())
+    async with running(operation) as task, asyncio.timeout(SECONDS):
+        await until(lambda: bool(north.orders))
+        await settle()
+        operation.cancel()
+        await until(lambda: len(world.flights) == 0)
+        task.cancel()
+        closing = asyncio.create_task(world.flights.close())
+        await settle()
+        gate.set()
+        await closing
+    assert world.store.leases == 0
+
+
 @pytest.mark.parametrize("round_trip", [0.0, 0.03])
 async def test_an_order_that_has_brought_everything_is_not_cancelled(
     build: Build, round_trip: float
@@ -1515,6 +1595,50 @@ async def test_local_pacs_that_was_kept_out_is_asked_again(build: Build, status:
         workstation.gate.set()
     assert task.result() == RetrieveOutcome(0x0000, completed=5)
     assert (len(world.local_pacs.moves), workstation.closed) == (2, 1)
+
+
+async def test_local_pacs_that_was_kept_out_is_asked_again_after_many_studies(
+    build: Build,
+) -> None:
+    """Studies that wait for what it leaves keep none from being delivered before it is asked."""
+    uids = [f"1.8.{number}" for number in range(1, 9)]
+    local = Archive(LOCAL, *(study(1, uid=uid) for uid in uids))
+    north = Archive("north", *(study(1, 1, uid=uid) for uid in uids))
+    world, workstation = build(north, local=local, relay=True), Workstation()
+    world.know(north, local)
+    workstation.gate, world.local_pacs.gate = asyncio.Event(), asyncio.Event()
+    lost = tuple(f"{uid}.1.1" for uid in uids)
+    world.local_pacs.script = [
+        RetrieveProgress(failed=8, final=True, status=0xA702, failed_sop_instance_uids=lost)
+    ]
+    world.local_pacs.later = [[RetrieveProgress(completed=8, final=True, status=0)]]
+    async with running(world.operation(workstation, study_request(*uids))) as task:
+        await workstation.waiting.wait()
+        world.local_pacs.gate.set()
+        workstation.gate.set()
+    assert task.result() == RetrieveOutcome(0x0000, completed=16)
+    assert len(world.local_pacs.moves) == 2
+
+
+async def test_studies_held_by_one_source_alone_do_not_wait_for_the_local_pacs(
+    build: Build,
+) -> None:
+    """However many studies wait for what it leaves, what only others hold comes meanwhile."""
+    shared = [f"1.8.{number}" for number in range(1, 9)]
+    local = Archive(LOCAL, *(study(1, uid=uid) for uid in shared))
+    north = Archive("north", study(3), *(study(1, uid=uid) for uid in shared))
+    world, workstation = build(north, local=local, relay=True), Workstation()
+    world.know(north, local)
+    world.local_pacs.gate = asyncio.Event()
+    world.local_pacs.script = [
+        RetrieveProgress(remaining=8),
+        RetrieveProgress(completed=8, final=True, status=0),
+    ]
+    async with running(world.operation(workstation, study_request(*shared, STUDY))) as task:
+        await until(lambda: len(workstation.received) == 3)
+        assert not task.done()
+        world.local_pacs.gate.set()
+    assert task.result() == RetrieveOutcome(0x0000, completed=11)
 
 
 @pytest.mark.parametrize(

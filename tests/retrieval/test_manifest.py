@@ -164,7 +164,7 @@ async def test_instances_of_likely_series_are_asked_for_at_once() -> None:
     far.find_gate = asyncio.Event()
     async with asyncio.TaskGroup() as group:
         loading = group.create_task(load_manifest(far, STUDY, series=[SERIES_1]))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while len(far.queries) < 3:  # noqa: ASYNC110 (what fakes count has no event)
                 await asyncio.sleep(0)
         assert {query.level for query in far.queries} == {Level.STUDY, Level.SERIES, Level.IMAGE}

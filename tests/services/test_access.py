@@ -201,6 +201,7 @@ async def test_addresses_are_asked_for_again_after_a_while(
 ) -> None:
     """A workstation that moved is known by its new address; a failing resolver changes nothing."""
     monkeypatch.setattr(module, "_RESOLVED_SECONDS", -1.0)
+    monkeypatch.setattr(module, "_UNRESOLVED_SECONDS", -1.0)
     control = by_name()
     resolver.addresses = ["10.0.1.1"]
     assert isinstance(await control.admit("BY_NAME", "DICOMPROXY", "10.0.1.1"), Peer)
@@ -209,6 +210,22 @@ async def test_addresses_are_asked_for_again_after_a_while(
     resolver.error, resolver.addresses = None, ["10.0.1.2"]
     assert await control.admit("BY_NAME", "DICOMPROXY", "10.0.1.1") == REJECT_CALLING
     assert isinstance(await control.admit("BY_NAME", "DICOMPROXY", "10.0.1.2"), Peer)
+
+
+async def test_a_resolver_that_hangs_is_waited_for_once(
+    resolver: Resolver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It neither delays each association anew nor has many threads waiting for it."""
+    monkeypatch.setattr(module, "_RESOLVED_SECONDS", -1.0)
+    control = by_name()
+    resolver.addresses = ["10.0.1.1"]
+    assert isinstance(await control.admit("BY_NAME", "DICOMPROXY", "10.0.1.1"), Peer)
+    resolver.hold = asyncio.Event()
+    monkeypatch.setattr(module, "_RESOLVE_SECONDS", 0.05)
+    at_once = (control.admit("BY_NAME", "DICOMPROXY", "10.0.1.1") for _ in range(5))
+    assert all(isinstance(peer, Peer) for peer in await asyncio.gather(*at_once))
+    assert isinstance(await control.admit("BY_NAME", "DICOMPROXY", "10.0.1.1"), Peer)
+    assert resolver.asked == 2
 
 
 @pytest.mark.parametrize("error", [OSError("no such name"), UnicodeError("label too long"), None])

@@ -31,6 +31,7 @@ from tests.services.support import (
 from tests.sources.support import keys
 from tests.support.log_watch import LogWatch
 from tests.support.stand_in import SECONDS
+from tests.support.time_passes import time_passes
 
 QUESTION = keys(level="STUDY", study="1.2.3")
 ROW = keys(level="STUDY", study="1.2.3").encode(EXPLICIT)
@@ -347,9 +348,11 @@ async def test_association_with_a_query_under_way_is_not_idle() -> None:
         await gate.wait()
         yield Answer(0x0000)
 
-    async with serving(idle_seconds=SHORT / 4) as at, at.peer() as peer:
+    async with serving(idle_seconds=30.0) as at, at.peer() as peer:
         at.queries.answering = answering
         await peer.find(QUESTION)
+        await until(lambda: bool(at.queries.asked))
+        time_passes(31)
         with pytest.raises(AssociationTimeout):
             await peer.association.receive(SHORT)
         gate.set()

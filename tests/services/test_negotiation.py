@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from unittest.mock import Mock
+
 import pytest
 
 from dicomproxy.dimse.errors import AssociationRejected
@@ -10,7 +13,15 @@ from dicomproxy.dimse.negotiation import (
     EXPLICIT_VR_BIG_ENDIAN,
 )
 from dicomproxy.dimse.operations import VERIFICATION
-from dicomproxy.dimse.pdu import REJECT_CALLED, REJECT_CALLING, REJECT_CONGESTION, RoleSelection
+from dicomproxy.dimse.pdu import (
+    REJECT_CALLED,
+    REJECT_CALLING,
+    REJECT_CONGESTION,
+    AssociateReject,
+    RoleSelection,
+)
+from dicomproxy.services.acceptor import ServiceAcceptor
+from dicomproxy.services.access import Peer
 from dicomproxy.services.sop_classes import is_storage
 from tests.services.support import (
     CT,
@@ -29,6 +40,7 @@ from tests.services.support import (
     serving,
 )
 from tests.support.log_watch import LogWatch
+from tests.support.stand_in import SECONDS
 
 FINDS = {PATIENT_FIND, STUDY_FIND}
 MOVES = {PATIENT_MOVE, STUDY_MOVE}
@@ -190,3 +202,38 @@ async def test_draining_lets_in_only_what_is_waited_for() -> None:
         with pytest.raises(AssociationRejected):
             async with at.peer("SOUTHPACS"):
                 pass
+
+
+async def test_who_was_being_admitted_during_a_reload_is_served_as_they_were_admitted(
+    monkeypatch: pytest.MonkeyPatch, log_watch: LogWatch
+) -> None:
+    """The services that admit are in use until what they admitted is over, and serve it."""
+    judged, decide = asyncio.Event(), asyncio.Event()
+
+    async with serving() as at:
+        former, access = at.acceptor, at.acceptor._access
+        admit = access.admit
+
+        async def slowly(*who: str) -> Peer | AssociateReject:
+            judged.set()
+            await decide.wait()
+            return await admit(*who)
+
+        monkeypatch.setattr(access, "admit", slowly)
+        async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
+
+            async def ask() -> None:
+                async with at.peer() as peer:
+                    await peer.find(b"")
+                    assert (await peer.receive()).command.status == 0x0000
+
+            group.create_task(ask())
+            await judged.wait()
+            successor = Mock(spec=ServiceAcceptor)
+            at.listener.acceptor = successor
+            unused = group.create_task(former.wait_idle())
+            await asyncio.sleep(0)
+            assert not unused.done()
+            decide.set()
+        assert successor.mock_calls == []
+    assert log_watch.named("association_crashed") == []

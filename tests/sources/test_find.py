@@ -20,6 +20,7 @@ from dicomproxy.dimse.errors import AssociationAborted, AssociationReleased
 from dicomproxy.dimse.layer import Limits
 from dicomproxy.dimse.negotiation import UNCOMPRESSED
 from dicomproxy.dimse.pdu import REJECT_CALLED, REJECT_LIMIT, AssociateReject, AssociateRequest
+from dicomproxy.dimse.pool import Lease, Purpose
 from dicomproxy.ports import Failure, SourceError, SourceQuery
 from dicomproxy.sources import archive
 from dicomproxy.sources.archive import PATIENT_ROOT_FIND, STUDY_ROOT_FIND
@@ -39,7 +40,16 @@ from tests.sources.support import (
     within,
 )
 from tests.support.log_watch import LogWatch
-from tests.support.stand_in import StandIn, answers, cancelled, only, send_final, send_pending
+from tests.support.stand_in import (
+    SECONDS,
+    StandIn,
+    answers,
+    cancelled,
+    only,
+    send_final,
+    send_pending,
+)
+from tests.support.time_passes import time_passes
 
 BOTH = (PATIENT_ROOT_FIND, STUDY_ROOT_FIND)
 
@@ -272,10 +282,11 @@ async def test_silent_archive_costs_its_deadline_and_is_told_to_stop(rows_before
     async def handle(association: Association, message: Message) -> None:
         for number in range(rows_before):
             await send_pending(association, message, row(f"1.{number}"))
+        time_passes(31)
         await cancelled(association, message)
         seen.set()
 
-    async with asking(StandIn(handle), query_timeout=SHORT, breaker_failures=1) as at:
+    async with asking(StandIn(handle), query_timeout=30.0, breaker_failures=1) as at:
         with pytest.raises(SourceError) as caught:
             async with aclosing(at.source.find(study())) as rows:
                 for _ in range(rows_before):
@@ -583,6 +594,82 @@ async def test_probe_given_up_after_an_answer_closes_the_breaker() -> None:
         assert at.archive.health().breaker == "closed"
 
 
+async def test_waiting_in_vain_for_a_turn_says_nothing_of_the_archive() -> None:
+    """All associations are in use for a retrieve that goes well: the breaker stays shut."""
+    async with asking(
+        StandIn(answers(row("1.1"))),
+        parallel_associations=1,
+        query_timeout=30.0,
+        breaker_failures=1,
+    ) as at:
+        lease = await at.archive.pool.lease(Purpose.RETRIEVE, timeout_seconds=SECONDS)
+        asking_ = asyncio.create_task(at.find())
+        await until(lambda: bool(at.archive.pool._waiters))
+        time_passes(31)
+        with pytest.raises(SourceError) as caught:
+            await within(asking_)
+        assert caught.value.failure is Failure.BUSY
+        assert at.archive.health().breaker == "closed"
+        lease.done()
+        assert len(await at.find()) == 1
+
+
+async def test_who_gives_up_what_began_before_an_outage_lets_no_second_probe_in() -> None:
+    """One at a time finds out whether the archive is well, whatever else ends meanwhile."""
+    broken = False
+    gate, asked, began = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def admit(_request: AssociateRequest) -> AssociateReject | None:
+        return REJECT_CALLED if broken else None
+
+    async def handle(association: Association, message: Message) -> None:
+        if not began.is_set():
+            began.set()
+            await cancelled(association, message)
+            return
+        asked.set()
+        await gate.wait()
+        await answers(row("1.1"))(association, message)
+
+    peer = StandIn(handle, admit=admit)
+    async with asking(peer, breaker_failures=1) as at:
+        before = asyncio.create_task(at.find())
+        await within(began.wait())
+        broken = True
+        with pytest.raises(SourceError):
+            await at.find()
+        broken = False
+        probe = asyncio.create_task(at.find(study(interactive=True)))
+        await within(asked.wait())
+        before.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await before
+        assert at.archive.breaker.probing
+        gate.set()
+        assert len(await within(probe)) == 1
+
+
+async def test_question_that_cannot_be_put_costs_no_association() -> None:
+    """A fault of ours while a request is made leaves its slot to the next."""
+
+    def choose(_lease: Lease) -> Any:
+        raise ValueError
+
+    async with asking(StandIn(answers(row("1.1"))), parallel_associations=1) as at:
+        asked = at.archive.ask(
+            "find",
+            choose,
+            purpose=Purpose.QUERY,
+            probe=False,
+            lease_seconds=5.0,
+            left_seconds=lambda: 5.0,
+        )
+        with pytest.raises(ValueError):
+            await first(asked)
+        assert at.archive.pool.in_use == 0
+        assert len(await at.find()) == 1
+
+
 async def test_health_tells_of_success() -> None:
     """What the status page shows: when it last answered, how fast, how many associations."""
     async with asking(StandIn(answers()), parallel_associations=3) as at:
@@ -599,13 +686,13 @@ async def test_distance_is_the_quickest_of_all_answers() -> None:
     """An association that came about slowly does not make a near archive a far one."""
 
     async def admit(_request: AssociateRequest) -> AssociateReject | None:
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.5)
         return None
 
     async with asking(StandIn(answers(row("1.1")), admit=admit)) as at:
         await at.find()
         slow = at.archive.pool._round_trips[0]
-        assert slow >= 0.05
+        assert slow >= 0.5
         for _ in range(3):
             await at.find()
         assert 0 < at.archive.pool.round_trip_seconds < slow

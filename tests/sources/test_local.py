@@ -183,6 +183,31 @@ async def test_patients_of_a_study_root_pacs(syntax: str) -> None:
     assert STUDY_INSTANCE_UID in identifier
 
 
+async def test_patients_of_a_study_root_pacs_are_not_cut_short() -> None:
+    """What caps the answers of the region is not for the house's own: Success says all."""
+    supported = only({STUDY_ROOT_FIND: UNCOMPRESSED})
+    rows = [row("1.1", "A"), row("1.2", "B"), row("1.3", "C")]
+    asked = keys(level="PATIENT", patient="*").encode(EXPLICIT)
+    async with pacs(StandIn(answers(*rows), supported=supported), max_matches=2) as at:
+        found = await at.find(asked, sop_class=PATIENT_ROOT_FIND)
+    assert [answer.status for answer in found] == [0xFF00, 0xFF00, 0xFF00, 0x0000]
+
+
+async def test_closing_a_query_for_patients_of_a_study_root_pacs_cancels_it_at_once() -> None:
+    """The association is being given back when the closing returns, not some time later."""
+
+    async def handle(association: Association, message: Message) -> None:
+        await send_pending(association, message, row("1.1", "A"))
+        await cancelled(association, message)
+
+    supported = only({STUDY_ROOT_FIND: UNCOMPRESSED})
+    asked = keys(level="PATIENT", patient="*").encode(EXPLICIT)
+    async with pacs(StandIn(handle, supported=supported)) as at:
+        async with aclosing(at.ask(asked, sop_class=PATIENT_ROOT_FIND)) as found:
+            await first(found)
+        assert len(at.at.archive.pool._tasks) == 1
+
+
 async def test_pacs_without_any_find() -> None:
     """What it cannot be asked is said, at every level."""
     async with pacs(StandIn(answers(), supported=only({}))) as at:
@@ -412,7 +437,7 @@ async def test_cancelled_move_without_an_end(how: str) -> None:
             association.protocol.close_now()
         await association.receive(SECONDS)
 
-    async with pacs(StandIn(handle), stall_timeout=SHORT) as at:
+    async with pacs(StandIn(handle), stall_timeout=SHORT if how == "silent" else SECONDS) as at:
         async with aclosing(at.moving(cancellation=cancellation)) as steps:
             await first(steps)
             assert cancellation.send is not None

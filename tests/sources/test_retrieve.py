@@ -301,6 +301,19 @@ async def test_patience_is_put_off_by_whatever_moves() -> None:
     assert patience.left() == -1.0
 
 
+async def test_patience_with_an_archive_that_is_busy_with_others_has_an_end() -> None:
+    """An order that has not begun waits its turn, but not for ever under constant traffic."""
+    clock = Clock()
+    order = RetrieveOrder(Level.STUDY, (STUDY,))
+    patience = _Patience(order, first_seconds=300.0, stall_seconds=60.0)
+    patience._loop, patience._started = clock, clock.now  # type: ignore[assignment]
+    began = clock.now
+    while patience.left() > 0:
+        order.last_possible_activity = clock.now
+        clock.now += 100.0
+    assert clock.now - began == 1200.0
+
+
 async def test_patience_with_what_may_be_of_another_order() -> None:
     """A transfer of unknown study puts a stall off if it began in time, not if it began later."""
     clock = Clock()

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from dicomproxy.ports import Location
 from dicomproxy.state import StateStore
 from dicomproxy.state.database import FILE_NAME, Changes, Database
+from dicomproxy.state.file import StateFile, _Unusable
 from tests.sentinel import PATIENT_ID
 from tests.support.log_watch import LogWatch
 
@@ -43,7 +44,7 @@ async def reopened(directory: Path, **options: float) -> StateStore:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - the other side is a thread
             await asyncio.sleep(0)
 
@@ -253,6 +254,29 @@ async def test_file_of_another_kind_is_set_aside(
     connection.close()
 
 
+async def test_disk_on_which_a_new_file_is_damaged_too_is_a_failing_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is failed by it, and what was remembered is written once the disk is well."""
+    store = await reopened(tmp_path, retry_seconds=0.01)
+    await store._ask(store._database.close, "close")
+
+    def damaged(_file: StateFile) -> sqlite3.Connection:
+        raise _Unusable("damaged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StateFile, "_open", damaged)
+        assert await store.find("1.2") == ()
+        store.remember([at("1.1")])
+        await until(lambda: store.degraded)
+    async with asyncio.timeout(60):
+        await store.flush()
+    await store.close()
+    store = await reopened(tmp_path)
+    assert await store.find("1.1") == (at("1.1"),)
+    await store.close()
+
+
 async def test_file_damaged_while_in_use_is_set_aside(tmp_path: Path, log_watch: LogWatch) -> None:
     """Damage met by a later start does not stop remembering."""
     store = await reopened(tmp_path)
@@ -282,7 +306,7 @@ async def test_full_disk_is_said_once_and_survived_from_memory(
             store.remember([at(f"1.2.{number}")])
             assert await store.find(f"1.2.{number}") == (at(f"1.2.{number}"),)
         await until(lambda: store.degraded)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await store.flush()
     assert not store.degraded
     assert len(log_watch.named("state_degraded")) == 1
@@ -299,7 +323,7 @@ async def test_pending_changes_are_bounded_while_the_disk_fails(
         break_disk(patch, "write")
         store.remember([at(f"1.2.{number}") for number in range(25)])
         await until(lambda: store.degraded)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await store.flush()
     assert [line["dropped"] for line in log_watch.named("state_recovered")] == [15]
     assert await store.find("1.2.14") == ()
@@ -379,7 +403,7 @@ def test_crash_at_any_statement_leaves_a_file_that_opens(tmp_path: Path, step: i
     child = subprocess.run(
         [sys.executable, "-c", _CHILD, str(tmp_path), str(step)],
         capture_output=True,
-        timeout=60,
+        timeout=240,
         check=False,
         env={**os.environ, "PYTHONPATH": os.getcwd()},
     )

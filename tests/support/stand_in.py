@@ -27,7 +27,7 @@ from dicomproxy.dimse.negotiation import (
 )
 from dicomproxy.dimse.pdu import AssociateAccept, AssociateReject, AssociateRequest
 
-SECONDS = 10.0
+SECONDS = 60.0
 """How long a test waits for what must come."""
 
 Handler = Callable[[Association, Message], Awaitable[None]]

@@ -47,7 +47,7 @@ async def port(proxy: Proxy) -> AsyncIterator[int]:
 
 @pytest.fixture
 async def http(port: int) -> AsyncIterator[aiohttp.ClientSession]:
-    timeout = aiohttp.ClientTimeout(total=20)
+    timeout = aiohttp.ClientTimeout(total=60)
     async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", timeout=timeout) as session:
         yield session
 
@@ -190,7 +190,7 @@ async def test_garbage_does_not_harm_the_next_request(
     port: int, http: aiohttp.ClientSession, log_watch: LogWatch, sent: bytes
 ) -> None:
     """What is no HTTP ends its own connection only."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(sent)
         writer.write_eof()
@@ -209,7 +209,7 @@ async def test_silent_connection_is_closed(proxy: Proxy, monkeypatch: pytest.Mon
     monkeypatch.setattr(server, "_KEEPALIVE_SECONDS", 0.05)
     web = WebServer("127.0.0.1", 0, readiness=lambda: True, status=proxy.status)
     port = await web.start()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         assert await reader.read() == b""
         writer.close()
@@ -221,7 +221,7 @@ async def test_connections_beyond_the_bound_are_ended_at_once(
 ) -> None:
     """Strangers cannot pile up connections; those there already are served."""
     monkeypatch.setattr(server, "_MOST_CONNECTIONS", 2)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         kept = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
         for reader, writer in kept:
             writer.write(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -247,7 +247,7 @@ async def test_close_frees_the_port_and_ends_open_connections(proxy: Proxy) -> N
     """After close nobody is served, and a second close is harmless."""
     web = WebServer("127.0.0.1", 0, readiness=lambda: True, status=proxy.status)
     port = await web.start()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
         assert (await reader.readline()).startswith(b"HTTP/1.1 200")
