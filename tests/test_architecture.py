@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ports": {"dataset"},
     "dimse": BASE,
     "query": CORE,
-    "retrieval": CORE,
+    "retrieval": CORE | {"identity"},
     "sources": CORE | {"dimse"},
     "destinations": CORE | {"dimse"},
     "services": CORE | {"dimse", "query", "retrieval"},
