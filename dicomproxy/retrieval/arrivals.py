@@ -1,9 +1,10 @@
 """The door through which sources' instances come in.
 
 An instance belongs to a flight if its study is being retrieved from the source
-that sent it, and its header names the patient agreed on. Everything else is
-turned away, remembered where a flight waits for it, and logged. C-STORE
-statuses given here (PS3.4 B.2.3, PS3.7 9.1.1.1.9):
+that sent it, and its header names the patient agreed on, by whatever ID that
+source has for them. Everything else is turned away, remembered where a flight
+waits for it, and logged. C-STORE statuses given here (PS3.4 B.2.3, PS3.7
+9.1.1.1.9):
 
 ====== =====================================================================
 0000   stored, or held already
@@ -11,7 +12,8 @@ statuses given here (PS3.4 B.2.3, PS3.7 9.1.1.1.9):
 A700   out of resources: neither disk nor memory has room
 A900   the data set contradicts the SOP Class or Instance UID of the command
 C000   the data set cannot be read
-C001   the data set names another patient, or another study than was asked for
+C001   the data set names another patient, or another study than was asked for,
+       or nobody can tell at the moment whom it names
 ====== =====================================================================
 """
 
@@ -24,12 +26,16 @@ from typing import Final
 from prometheus_client import Counter
 
 from dicomproxy.dataset.header import InstanceHeader
+from dicomproxy.dataset.patient import PatientId
+from dicomproxy.identity.crossref import IdentityUnresolved
 from dicomproxy.logs import error_fields, get_logger
 from dicomproxy.ports import (
+    CrossReferenceError,
     InstanceStore,
     InstanceWriter,
     Refused,
     RetrieveOrder,
+    Stored,
     StoreFull,
     StudyLease,
 )
@@ -47,11 +53,15 @@ OTHER_IDENTITY: Final = 0xC001
 
 NO_FLIGHT: Final = "no_flight"
 IDENTITY_CONFLICT: Final = "identity_conflict"
+IDENTITY_UNRESOLVED: Final = "identity_unresolved"
+IDENTITY_UNKNOWN: Final = "identity_unknown"
 OTHER_STUDY: Final = "other_study"
 
 _STATUS: Final = {
     NO_FLIGHT: NOT_AUTHORIZED,
     IDENTITY_CONFLICT: OTHER_IDENTITY,
+    IDENTITY_UNRESOLVED: OTHER_IDENTITY,
+    IDENTITY_UNKNOWN: OTHER_IDENTITY,
     OTHER_STUDY: OTHER_IDENTITY,
     "sop_class_mismatch": DATA_SET_MISMATCH,
     "sop_instance_mismatch": DATA_SET_MISMATCH,
@@ -103,6 +113,8 @@ class FlightArrival:
         self._doubtful_for: list[RetrieveOrder] = []
         self._over = False
         self._patient_id = ""
+        self._named: PatientId | None = None
+        """Whom its header names, while it is not known who that is here."""
 
     def write(self, segments: Sequence[memoryview], release: Callable[[], None]) -> None:
         """Take over bytes; they count as a sign of life of the order that they may be for."""
@@ -118,6 +130,8 @@ class FlightArrival:
         """Let the instance exist if a flight takes it; the C-STORE-RSP's status."""
         try:
             stored = await self._writer.commit(self._admit)
+            if self._flight is not None and self._named is not None:
+                await self._identify(self._flight, self._named, stored)
         except Refused as refused:
             return self._turned_away(refused.reason)
         except StoreFull:
@@ -129,6 +143,8 @@ class FlightArrival:
             return CANNOT_UNDERSTAND
         finally:
             self._no_longer_doubtful()
+            if self._flight is not None and self._named is not None:
+                self._flight.doubtful.discard(self._sop_instance_uid)
         self._active()
         _ARRIVED.labels(self._source).inc()
         flight = self._flight
@@ -148,15 +164,50 @@ class FlightArrival:
             raise Refused(NO_FLIGHT)
         self._flight = flight
         self._series_instance_uid = header.series_instance_uid
-        agreed = flight.patient_id
-        if agreed and header.patient_id and header.patient_id != agreed:
+        named = flight.persons.of_header(header, self._source)
+        if named is None:
+            return flight.lease
+        local_id = flight.persons.at_once(named, self._source)
+        if local_id is None:
+            # To be found out on the loop; until then nobody is given it.
+            self._named = named
+            flight.doubtful.add(self._sop_instance_uid)
+            return flight.lease
+        if flight.patient_id and local_id != flight.patient_id:
             raise Refused(IDENTITY_CONFLICT)
-        self._patient_id = header.patient_id
+        self._patient_id = local_id
         return flight.lease
+
+    async def _identify(self, flight: Flight, named: PatientId, stored: Stored) -> None:
+        """Find out who the patient is here.
+
+        Raises:
+            Refused: nobody, or not the one agreed on; it has been taken back.
+        """
+        agrees = False
+        try:
+            self._patient_id = await flight.persons.here(named, self._source)
+            agrees = flight.agrees(self._patient_id)
+        except IdentityUnresolved:
+            raise Refused(IDENTITY_UNRESOLVED) from None
+        except CrossReferenceError:
+            raise Refused(IDENTITY_UNKNOWN) from None
+        finally:
+            if not agrees and not flight.closed:
+                flight.take_back(self._source, stored)
+        if not agrees:
+            raise Refused(IDENTITY_CONFLICT)
 
     def _turned_away(self, reason: str) -> int:
         self._fail(reason)
-        if reason in (IDENTITY_CONFLICT, OTHER_STUDY):
+        if reason in (IDENTITY_UNRESOLVED, IDENTITY_UNKNOWN):
+            _log.warning(
+                "identity_unresolved",
+                source=self._source,
+                sop_instance_uid=self._sop_instance_uid,
+                reason="no_answer" if reason == IDENTITY_UNKNOWN else "no_local_id",
+            )
+        elif reason in (IDENTITY_CONFLICT, OTHER_STUDY):
             _log.warning(
                 "identity_conflict",
                 source=self._source,

@@ -11,8 +11,12 @@ import asyncio
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, Final
 
+from dicomproxy.dataset.patient import PatientId
+from dicomproxy.identity.crossref import IdentityUnresolved
+from dicomproxy.identity.reports import report, report_unresolved
+from dicomproxy.identity.safety import Verdict
 from dicomproxy.logs import error_fields, get_logger
-from dicomproxy.ports import Failure, Source, SourceError
+from dicomproxy.ports import CrossReferenceError, Failure, Source, SourceError
 from dicomproxy.retrieval.batches import MAX_UIDS
 from dicomproxy.retrieval.manifest import Listing, Manifest, load_manifest
 from dicomproxy.retrieval.selection import Selection
@@ -123,6 +127,7 @@ class Catalogue:
             "series": likely,
             "progress": self._row_listed,
             "interactive": self._flight.is_wanted(),
+            "returned": self._flight.persons.returned(self._name),
         }
         try:
             return await load_manifest(source, study, into=self.so_far, **more)
@@ -140,12 +145,17 @@ class Catalogue:
             self._flight.wake()
 
     async def _take(self, manifest: Manifest) -> None:
-        """Accept a manifest: the patient it names, and what it no longer lists."""
+        """Accept a manifest: the patient it names, and what it no longer lists.
+
+        Raises:
+            SourceError: it cannot be found out who that is here.
+        """
         flight = self._flight
+        named, agrees = await self._is_agreed(manifest)
         self.manifest = manifest
-        if not flight.agrees(manifest.patient_id):
+        if not agrees:
             self.conflict = True
-            await flight.patient_changed(self._name, manifest.patient_id)
+            await flight.patient_changed(self._name, named)
             return
         flight.flights.remember_series(flight.study_instance_uid, self._name, manifest.series)
         if not manifest.held:
@@ -159,3 +169,27 @@ class Catalogue:
         if flight.lease.complete and any(uid not in flight.lease.instances for uid in listed):
             # At once: a crash must not leave a part that passes for the whole.
             await flight.lease.set_complete(False)
+
+    async def _is_agreed(self, manifest: Manifest) -> tuple[PatientId | None, bool]:
+        """Return whom a manifest names, and whether that may be the patient agreed on."""
+        flight, persons = self._flight, self._flight.persons
+        study = flight.study_instance_uid
+        named: PatientId | None = None
+        try:
+            named = persons.of_manifest(manifest, self._name)
+            local_id = await flight.local_id(named, self._name)
+        except IdentityUnresolved as unresolved:
+            report_unresolved(self._name, unresolved, study_instance_uid=study)
+            return named, False
+        except CrossReferenceError as error:
+            # Without knowing whose it is nothing is asked of it.
+            raise SourceError(
+                self._name, Failure.UNREACHABLE, detail=f"not identified: {error.failure}"
+            ) from None
+        if not flight.agrees(local_id):
+            return named, False
+        comparison = await persons.compare_listed(manifest, flight.patient_id, self._name)
+        if comparison.verdict is Verdict.CONFLICT:
+            report(self._name, comparison, shown=False, study_instance_uid=study)
+            return named, False
+        return named, True

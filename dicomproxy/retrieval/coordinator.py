@@ -18,6 +18,7 @@ from dicomproxy.ports import (
 from dicomproxy.retrieval.flights import Flights, FlightSettings
 from dicomproxy.retrieval.locate import Locator
 from dicomproxy.retrieval.operation import DestinationPlan, RetrieveOperation, RetrieveOutcome
+from dicomproxy.retrieval.persons import Identification, Persons
 from dicomproxy.retrieval.request import RetrieveRefused, RetrieveRequest, parse_request
 from dicomproxy.tasks import TaskOwner
 
@@ -51,6 +52,8 @@ class RetrieveCoordinator:
         local_source: the local PACS as one to be asked and fetched from.
         local: the local PACS as one that delivers by itself.
         relay_local: whether it is to do so.
+        identity: who patients are elsewhere, and what their objects become on the way;
+            None where every source numbers patients as this site does.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class RetrieveCoordinator:
         local_source: Source,
         local: LocalArchive,
         relay_local: bool,
+        identity: Identification | None = None,
     ) -> None:
         self.store = store
         self.flights = flights
@@ -70,8 +74,13 @@ class RetrieveCoordinator:
         self.local_source = local_source
         self.local = local
         self.relay_local = relay_local
+        self.persons = Persons(identity)
         self.locator = Locator(
-            locations, sources, local_source, pause_seconds=flights.retry_pause_seconds
+            locations,
+            sources,
+            local_source,
+            self.persons,
+            pause_seconds=flights.retry_pause_seconds,
         )
         self._owner = TaskOwner("retrieve")
 

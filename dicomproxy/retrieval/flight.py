@@ -3,8 +3,9 @@
 What has come is one list, in order; each subscriber reads it at its own pace,
 so that a slow one holds up nobody, and whether an instance is for a subscriber
 is decided when it reads: it was asked for, it is still held, and it came from a
-source that this caller may see. One walk for each subscriber leads it from
-holder to holder; what two walks want of the same holder is claimed once.
+source that this caller may see. The patient agreed on is the local one. One walk
+for each subscriber leads it from holder to holder; what two walks want of the
+same holder is claimed once.
 """
 
 from __future__ import annotations
@@ -15,10 +16,21 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dicomproxy.dataset.header import HeaderError, Read, read_header
 from dicomproxy.dataset.levels import Level
+from dicomproxy.dataset.patient import PatientId
+from dicomproxy.identity.crossref import IdentityUnresolved
+from dicomproxy.identity.reports import report_unresolved
 from dicomproxy.logs import error_fields, get_logger
-from dicomproxy.ports import CachedInstance, Refused, Source, Stored, StudyLease
+from dicomproxy.ports import (
+    CachedInstance,
+    CrossReferenceError,
+    Refused,
+    Source,
+    Stored,
+    StudyLease,
+)
 from dicomproxy.retrieval.holder import Holder, Standing
 from dicomproxy.retrieval.leg import Leg
+from dicomproxy.retrieval.persons import Persons
 from dicomproxy.retrieval.selection import Selection
 from dicomproxy.retrieval.subscription import FlightOutcome, FlightRequest, Subscription
 from dicomproxy.tasks import TaskOwner
@@ -39,11 +51,15 @@ class Flight:
         self.study_instance_uid = study_instance_uid
         self.settings = settings
         self.patient_id = ""
+        """The local patient agreed on."""
+        self.persons = Persons()
         self.lease: StudyLease
         self.asked: set[str] = set()
         self.log: list[CachedInstance] = []
         self.initial: frozenset[str] = frozenset()
         self.was_complete = False
+        self.doubtful: set[str] = set()
+        """Instances let in whose patient is still being found out; for any thread."""
         self.gone: set[str] = set()
         """Instances dropped because their source no longer lists them."""
         self.subscriptions: list[Subscription] = []
@@ -110,13 +126,24 @@ class Flight:
                 patient_id = await self._patient_of(instance)
             except (OSError, Refused):
                 continue  # found out, and fetched again, when it is to be delivered
+            except CrossReferenceError:
+                continue  # asked again when it is to be delivered
+            except IdentityUnresolved as unresolved:
+                report_unresolved(
+                    instance.source, unresolved, study_instance_uid=self.study_instance_uid
+                )
+                return False
             if patient_id is None or not self.agrees(patient_id):
                 return False
             seen.add(instance.source)
         return True
 
     async def _patient_of(self, instance: CachedInstance) -> str | None:
-        """Return the Patient ID in an instance's header, None if there is no telling."""
+        """Return the local ID of the patient in an instance's header, None if it has no end.
+
+        Raises:
+            IdentityUnresolved, CrossReferenceError: there is no one local ID, or no telling.
+        """
         reader = await self.flights.store.open(instance)
         try:
             for limit in _HEAD_BYTES:
@@ -128,7 +155,8 @@ class Flight:
                     )
                 except HeaderError:
                     continue
-                return header.patient_id
+                named = self.persons.of_header(header, instance.source)
+                return await self.local_id(named, instance.source)
             return None
         finally:
             await reader.close()
@@ -151,6 +179,8 @@ class Flight:
         """Add a subscriber; it counts from now on, its walk begins with :meth:`begin`."""
         if not self.patient_id:
             self.patient_id = request.patient_id
+        # The latest ones stand: after a reload, others may be asked who somebody is.
+        self.persons = request.persons
         subscription = Subscription(self, request)
         self.subscriptions.append(subscription)
         return subscription
@@ -301,10 +331,18 @@ class Flight:
             self.patient_id = patient_id
         return not patient_id or patient_id == self.patient_id
 
+    async def local_id(self, patient: PatientId | None, source: str) -> str:
+        """Return the local ID of a patient that *source* names, empty for nobody.
+
+        Raises:
+            IdentityUnresolved, CrossReferenceError: there is no one local ID, or no telling.
+        """
+        return "" if patient is None else await self.persons.here(patient, source)
+
     def available(self, subscription: Subscription, sop_instance_uid: str) -> bool:
         """Tell whether an instance is held and may be given to this subscriber."""
         instance = self.lease.instances.get(sop_instance_uid)
-        if instance is None:
+        if instance is None or sop_instance_uid in self.doubtful:
             return False
         if instance.source in subscription.visible:
             return True
@@ -370,7 +408,7 @@ class Flight:
             self.flights.store.count_hits(count)
 
     def stored(self, source: str, stored: Stored, patient_id: str = "") -> None:
-        """Take in an instance that *source* sent, in whose header is *patient_id*."""
+        """Take in an instance that *source* sent, whose header means local *patient_id*."""
         instance = stored.instance
         uid = instance.sop_instance_uid
         if not self.agrees(patient_id):
@@ -383,7 +421,7 @@ class Flight:
                 reason="headers_disagree",
             )
             self.refused(source, uid, "identity_conflict")
-            self.spawn(self.lease.remove([uid]), "remove")
+            self.take_back(source, stored)
             return
         if stored.conflict:
             _log.warning(
@@ -410,6 +448,12 @@ class Flight:
                 if not subscription.pending:
                     subscription.wake.set()
             subscription.news.set()
+
+    def take_back(self, source: str, stored: Stored) -> None:
+        """Drop an instance that was let in and should not have been."""
+        if stored.conflict or stored.instance.source != source:
+            return  # what is held came from somebody else
+        self.spawn(self.lease.remove([stored.instance.sop_instance_uid]), "remove")
 
     def refused(self, source: str, sop_instance_uid: str, reason: str) -> None:
         """Note that an instance from *source* was not let in; it counts as Failed."""
@@ -457,8 +501,12 @@ class Flight:
         else:
             subscription.wake.set()
 
-    async def patient_changed(self, source: str, patient_id: str) -> None:
-        """Drop the study: *source* says that it is another patient's than was agreed."""
+    async def patient_changed(self, source: str, patient: PatientId | None) -> None:
+        """Drop the study: *source* says that it is another patient's than was agreed.
+
+        Args:
+            patient: whom it names, as it names them.
+        """
         _log.warning(
             "identity_conflict",
             study_instance_uid=self.study_instance_uid,
@@ -467,7 +515,8 @@ class Flight:
         )
         self.asked.discard(source)
         self._legs[source].stop()
-        self.flights.seen(self.study_instance_uid, source, patient_id)
+        usual = self.persons.usual_id(patient, source)
+        self.flights.seen(self.study_instance_uid, source, usual)
         await self._drop()
 
     def not_held(self, source: str) -> None:

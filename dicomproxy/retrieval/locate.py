@@ -5,22 +5,38 @@ see; a study that is not in it, and every PATIENT level request, is located by
 C-FIND at the local PACS and all visible sources at once. A source that could not
 be asked is not asked the same again for a while, however often somebody tries:
 it counts as unreachable. Holders that name another patient than was asked for,
-or than the first holder names, are left out.
+or than the first holder names, are left out: each names them by its own IDs,
+which are turned into local ones first. One of whose patient that cannot be found
+out counts as unreachable too.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from dicomproxy.dataset.identifier import Identifier
 from dicomproxy.dataset.levels import PATIENT_ID, STUDY_INSTANCE_UID, Level
+from dicomproxy.dataset.patient import PatientId
+from dicomproxy.identity.crossref import IdentityUnresolved
+from dicomproxy.identity.reports import report_unresolved
 from dicomproxy.logs import error_fields, get_logger
-from dicomproxy.ports import LOCAL, Caller, Failure, Location, Locations, Source, SourceError
+from dicomproxy.ports import (
+    LOCAL,
+    Caller,
+    CrossReferenceError,
+    Failure,
+    Location,
+    Locations,
+    Source,
+    SourceError,
+)
 from dicomproxy.retrieval.holder import Holder
 from dicomproxy.retrieval.manifest import closing, query_for
+from dicomproxy.retrieval.persons import Persons
 from dicomproxy.retrieval.request import RetrieveRequest
 
 _log = get_logger()
@@ -33,7 +49,10 @@ _SAYS_NOTHING: Final = frozenset({Failure.BUSY, Failure.BREAKER})
 
 @dataclass(frozen=True, slots=True)
 class LocatedStudy:
-    """A study and who has it, in order of precedence, the local PACS first."""
+    """A study and who has it, in order of precedence, the local PACS first.
+
+    ``patient_id`` is the local one, those of ``holders`` are their own.
+    """
 
     study_instance_uid: str
     patient_id: str
@@ -48,6 +67,15 @@ class LocatedStudy:
     def remote_holders(self) -> tuple[Holder, ...]:
         """Everyone but the local PACS."""
         return tuple(holder for holder in self.holders if holder.name != LOCAL)
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """A source that has a study, and the patient whose study it says that is."""
+
+    source: Source
+    study_instance_uid: str
+    patient: PatientId | None
 
 
 @dataclass(slots=True)
@@ -66,6 +94,7 @@ class Locator:
         locations: where studies were seen.
         sources: in order of precedence, without the local PACS.
         local_source: the local PACS.
+        persons: who the patients are whom sources name.
         pause_seconds: how long a source that failed to say what it holds is not
             asked the same again.
     """
@@ -75,12 +104,14 @@ class Locator:
         locations: Locations,
         sources: Mapping[str, Source],
         local_source: Source,
+        persons: Persons | None = None,
         *,
         pause_seconds: float = 30.0,
     ) -> None:
         self._locations = locations
         self._sources = sources
         self._local = local_source
+        self._persons = persons or Persons()
         self._pause_seconds = pause_seconds
         self._failed: OrderedDict[tuple[str, str], float] = OrderedDict()
 
@@ -103,7 +134,9 @@ class Locator:
 
         async def one(uid: str) -> None:
             async with slots:
-                study = await self._remembered(uid, request.patient_id, visible)
+                study = await self._remembered(
+                    uid, request.patient_id, visible, located.unreachable
+                )
                 if study is None:
                     study = await self.ask(uid, request.patient_id, visible, located.unreachable)
                 found[uid] = study
@@ -124,53 +157,74 @@ class Locator:
     ) -> LocatedStudy | None:
         """Ask every visible archive for a study; those that could not be asked are added."""
         keys = {STUDY_INSTANCE_UID: study_instance_uid}
-        rows = await self._find(keys, visible, unreachable)
-        holders = [
-            (source, row_patient) for source, uid, row_patient in rows if uid == study_instance_uid
-        ]
-        return self._study(study_instance_uid, patient_id, holders)
+        rows = await self._find([(source, keys) for source in visible], unreachable)
+        holders = [row for row in rows if row.study_instance_uid == study_instance_uid]
+        return await self._study(study_instance_uid, patient_id, holders, unreachable)
 
     async def _remembered(
-        self, uid: str, patient_id: str, visible: tuple[Source, ...]
+        self,
+        uid: str,
+        patient_id: str,
+        visible: tuple[Source, ...],
+        unreachable: set[str],
     ) -> LocatedStudy | None:
         known = {location.source: location for location in await self._locations.find(uid)}
         holders = [
-            (source, known[source.name].patient_id) for source in visible if source.name in known
+            _Named(source, uid, self._persons.of_value(known[source.name].patient_id, source.name))
+            for source in visible
+            if source.name in known
         ]
-        return self._study(uid, patient_id, holders)
+        return await self._study(uid, patient_id, holders, unreachable)
 
     async def _patient(
         self, patient_id: str, visible: tuple[Source, ...], located: Located
     ) -> None:
-        rows = await self._find({PATIENT_ID: patient_id}, visible, located.unreachable)
-        holders: dict[str, list[tuple[Source, str]]] = {}
-        for source, uid, row_patient in rows:
+        asked: dict[str, tuple[str, ...]] = {}
+
+        async def translate(source: Source) -> None:
+            try:
+                asked[source.name] = await self._persons.elsewhere(patient_id, source.name)
+            except CrossReferenceError as error:
+                self._not_identified(source, error)
+                located.unreachable.add(source.name)
+
+        async with asyncio.TaskGroup() as group:
+            for source in visible:
+                group.create_task(translate(source), name=f"identify:{source.name}")
+        questions = [
+            (source, {PATIENT_ID: named})
+            for source in visible
+            for named in asked.get(source.name, ())
+        ]
+        rows = await self._find(questions, located.unreachable)
+        holders: dict[str, list[_Named]] = {}
+        for row in rows:
             # Archives match without regard to case, or overlook the key.
-            if row_patient == patient_id:
-                holders.setdefault(uid, []).append((source, row_patient))
+            if row.patient is not None and row.patient.value in asked[row.source.name]:
+                holders.setdefault(row.study_instance_uid, []).append(row)
         for uid, held in holders.items():
-            if (study := self._study(uid, patient_id, held)) is not None:
+            study = await self._study(uid, patient_id, held, located.unreachable)
+            if study is not None:
                 located.studies.append(study)
 
     async def _find(
-        self, keys: Mapping[int, str], visible: Iterable[Source], unreachable: set[str]
-    ) -> list[tuple[Source, str, str]]:
-        """Ask all at once; (source, Study Instance UID, Patient ID) by precedence."""
-        found: dict[str, list[tuple[Source, str, str]]] = {}
-        (wanted,) = keys.values()
+        self, questions: Sequence[tuple[Source, Mapping[int, str]]], unreachable: set[str]
+    ) -> list[_Named]:
+        """Ask all at once; what they have, by precedence."""
+        found: list[list[_Named]] = [[] for _ in questions]
 
-        async def ask(source: Source) -> None:
-            rows = found.setdefault(source.name, [])
+        async def ask(source: Source, keys: Mapping[int, str], rows: list[_Named]) -> None:
+            (wanted,) = keys.values()
             if self._failed_lately(wanted, source.name):
                 unreachable.add(source.name)
                 return
-            returned = (STUDY_INSTANCE_UID, PATIENT_ID)
+            returned = (STUDY_INSTANCE_UID, PATIENT_ID, *self._persons.returned(source.name))
             try:
                 async with closing(source.find(query_for(Level.STUDY, keys, returned))) as matches:
                     async for match in matches:
                         uid = match.text(STUDY_INSTANCE_UID)
-                        if uid:
-                            rows.append((source, uid, match.text(PATIENT_ID)))
+                        if uid and (row := self._named(source, uid, match)) is not None:
+                            rows.append(row)
             except SourceError as error:
                 unreachable.add(source.name)
                 if error.failure not in _SAYS_NOTHING:
@@ -186,15 +240,40 @@ class Locator:
                 unreachable.add(source.name)
                 _log.error("source_query_failed", source=source.name, **error_fields(error))
 
-        sources = list(visible)
         async with asyncio.TaskGroup() as group:
-            for source in sources:
-                group.create_task(ask(source), name=f"locate:{source.name}")
-        rows = [row for source in sources for row in found[source.name]]
+            for (source, keys), into in zip(questions, found, strict=True):
+                group.create_task(ask(source, keys, into), name=f"locate:{source.name}")
+        rows = [row for of_one in found for row in of_one]
         self._locations.remember(
-            [Location(uid, source.name, patient_id) for source, uid, patient_id in rows]
+            [
+                Location(
+                    row.study_instance_uid,
+                    row.source.name,
+                    self._persons.usual_id(row.patient, row.source.name),
+                )
+                for row in rows
+            ]
         )
         return rows
+
+    def _named(self, source: Source, uid: str, match: Identifier) -> _Named | None:
+        try:
+            return _Named(source, uid, self._persons.of_answer(match, source.name))
+        except IdentityUnresolved as unresolved:
+            report_unresolved(source.name, unresolved, study_instance_uid=uid)
+            return None
+
+    def _not_identified(
+        self, source: Source, error: CrossReferenceError, study_instance_uid: str = ""
+    ) -> None:
+        """Say that a source is done without, since nobody can tell whose its studies are."""
+        _log.warning(
+            "source_not_identified",
+            source=source.name,
+            failure=str(error.failure),
+            reason=error.reason,
+            study_instance_uid=study_instance_uid,
+        )
 
     def _note_failure(self, wanted: str, source: str) -> None:
         if source == LOCAL:
@@ -213,14 +292,24 @@ class Locator:
         del self._failed[wanted, source]
         return False
 
-    def _study(
-        self, uid: str, patient_id: str, holders: list[tuple[Source, str]]
+    async def _study(
+        self, uid: str, patient_id: str, holders: Collection[_Named], unreachable: set[str]
     ) -> LocatedStudy | None:
         """Keep the holders that agree on the patient; None if there is none."""
-        agreed = patient_id or next((named for _, named in holders if named), "")
-        kept = []
-        for source, named in holders:
-            if agreed and named and named != agreed:
+        named: list[tuple[_Named, str]] = []
+        for holder in holders:
+            try:
+                named.append((holder, await self._local_id(holder)))
+            except CrossReferenceError as error:
+                self._not_identified(holder.source, error, uid)
+                unreachable.add(holder.source.name)
+            except IdentityUnresolved as unresolved:
+                report_unresolved(holder.source.name, unresolved, study_instance_uid=uid)
+        agreed = patient_id or next((local for _, local in named if local), "")
+        kept: dict[str, Holder] = {}
+        for holder, local in named:
+            source = holder.source
+            if agreed and local and local != agreed:
                 _log.warning(
                     "identity_conflict",
                     study_instance_uid=uid,
@@ -228,5 +317,11 @@ class Locator:
                     reason="holders_disagree" if not patient_id else "request_disagrees",
                 )
                 continue
-            kept.append(Holder(source, named))
-        return LocatedStudy(uid, agreed, tuple(kept)) if kept else None
+            value = holder.patient.value if holder.patient is not None else ""
+            kept.setdefault(source.name, Holder(source, value))
+        return LocatedStudy(uid, agreed, tuple(kept.values())) if kept else None
+
+    async def _local_id(self, named: _Named) -> str:
+        if named.patient is None:
+            return ""
+        return await self._persons.here(named.patient, named.source.name)

@@ -55,7 +55,7 @@ class Manifest:
 
     ``series`` maps Series Instance UIDs to SOP Instance UIDs to SOP Class UIDs
     (empty where the source did not say). ``held`` is False where the source
-    answered that it has no such study.
+    answered that it has no such study. ``row`` is what it said of the study.
     """
 
     study_instance_uid: str
@@ -66,6 +66,7 @@ class Manifest:
     series: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     verified: bool = True
     held: bool = True
+    row: Identifier | None = field(default=None, compare=False, repr=False)
 
     def listed(self, selection: Selection) -> dict[str, str]:
         """Return the selected instances: SOP Instance UID to Series Instance UID."""
@@ -131,6 +132,7 @@ async def load_manifest(
     series: Collection[str] = (),
     into: Listing | None = None,
     progress: Callable[[], None] | None = None,
+    returned: Collection[int] = (),
 ) -> Manifest:
     """Ask *source* for its manifest of a study.
 
@@ -142,12 +144,14 @@ async def load_manifest(
             their instances without waiting until it has confirmed them.
         into: is filled in while answers come; only what is returned is a manifest.
         progress: called after each instance that was added to *into*.
+        returned: keys of the study's row besides those that a manifest needs.
 
     Raises:
         SourceError: it could not be reached or did not answer to the end.
     """
     ask = _Questions(source, study_instance_uid, interactive, {} if into is None else into)
     ask.progress = progress
+    ask.returned = tuple(returned)
     if source.round_trip_seconds >= FAR_SECONDS:
         study, verified = await _ask_at_once(ask, series)
     else:
@@ -172,6 +176,7 @@ async def load_manifest(
         study_date=study.text(STUDY_DATE),
         series=ask.listing,
         verified=verified,
+        row=study,
     )
 
 
@@ -247,6 +252,7 @@ class _Questions:
     ) -> None:
         self.listing = listing
         self.progress: Callable[[], None] | None = None
+        self.returned: tuple[int, ...] = ()
         self._source = source
         self._uid = study_instance_uid
         self._interactive = interactive
@@ -263,7 +269,7 @@ class _Questions:
 
     async def study_row(self) -> Identifier | None:
         """Return whose study it is, None if the source has none."""
-        returned = (STUDY_DATE, PATIENT_ID, PATIENT_BIRTH_DATE, PATIENT_SEX)
+        returned = (STUDY_DATE, PATIENT_ID, PATIENT_BIRTH_DATE, PATIENT_SEX, *self.returned)
         found: Identifier | None = None
         async with closing(self._source.find(self._query(Level.STUDY, returned))) as rows:
             async for row in rows:

@@ -428,6 +428,7 @@ class RetrieveOperation:
             patient_id=disclosure.study.patient_id,
             exclude=exclude or {},
             exclude_series=exclude_series or frozenset(),
+            persons=self._coordinator.persons,
         )
         async with self._coordinator.flights.join(request) as subscription:
             self._subscriptions.add(subscription)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from dicomproxy.ports import CachedInstance
 from dicomproxy.retrieval.holder import Holder
+from dicomproxy.retrieval.persons import Persons
 from dicomproxy.retrieval.selection import Selection
 
 if TYPE_CHECKING:
@@ -32,8 +33,9 @@ class FlightRequest:
         selection: which of its instances.
         holders: whom to ask, in this order.
         visible: sources whose instances this caller may be given.
-        patient_id: the patient agreed on; empty if no holder names one.
+        patient_id: the local patient agreed on; empty if no holder names one.
         exclude: SOP Instance UIDs had from elsewhere, with their series.
+        persons: who the patients are whom sources name.
     """
 
     study_instance_uid: str
@@ -43,6 +45,7 @@ class FlightRequest:
     patient_id: str = ""
     exclude: dict[str, str] = field(default_factory=dict)
     exclude_series: frozenset[str] = frozenset()
+    persons: Persons = field(default_factory=Persons)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +196,15 @@ class Subscription:
     def is_excluded(self, series_instance_uid: str, sop_instance_uid: str) -> bool:
         """Tell whether an instance is had from elsewhere."""
         return sop_instance_uid in self.exclude or series_instance_uid in self.exclude_series
+
+    def agrees(self, patient_id: str) -> bool:
+        """Tell whether a local patient is the one agreed on, who is if nobody was yet."""
+        return self._flight.agrees(patient_id)
+
+    @property
+    def agreed(self) -> str:
+        """The local patient whose study this is, empty while nobody has been named."""
+        return self._flight.patient_id
 
     @property
     def is_narrowed(self) -> bool:
