@@ -148,7 +148,8 @@ class WorkstationDelivery:
         outcome = await self._deliver(instance, reader)
         _DELIVERED.labels(self._settings.ae_title, str(outcome)).inc()
         if outcome is not Delivered.FAILED:
-            _BYTES.labels(self._settings.ae_title).inc(instance.size)
+            # Not the size in the store: what is sent may have another header.
+            _BYTES.labels(self._settings.ae_title).inc(reader.size)
         return outcome
 
     async def close(self) -> None:

@@ -8,7 +8,10 @@ meet in the store, so that a slow workstation never holds up a source::
       request     what was asked for; pure
       locate      which archives hold it
       relay       the part that the local PACS sends itself
+      persons     who the patients are whom sources name
       delivery    from the store to one destination
+      localize    the right patient, and local values on the way there
+      spliced     readers of rewritten instances
       tally       counts and the final status; pure
       disclosure  what is recorded of it; pure
     flights       the flights under way, and what failed lately

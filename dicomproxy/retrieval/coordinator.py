@@ -20,6 +20,7 @@ from dicomproxy.retrieval.locate import Locator
 from dicomproxy.retrieval.operation import DestinationPlan, RetrieveOperation, RetrieveOutcome
 from dicomproxy.retrieval.persons import Identification, Persons
 from dicomproxy.retrieval.request import RetrieveRefused, RetrieveRequest, parse_request
+from dicomproxy.retrieval.spliced import Splicing
 from dicomproxy.tasks import TaskOwner
 
 __all__ = [
@@ -75,6 +76,7 @@ class RetrieveCoordinator:
         self.local = local
         self.relay_local = relay_local
         self.persons = Persons(identity)
+        self.splicing = Splicing()
         self.locator = Locator(
             locations,
             sources,

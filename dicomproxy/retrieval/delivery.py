@@ -3,7 +3,7 @@
 An :class:`Outlet` is one request's way to its destination, opened when the
 first instance is there and shared by the deliveries of its studies, one
 instance at a time. A delivery never holds up a flight: what it has not sent yet
-waits in the store.
+waits in the store, as its source has sent it; it becomes local on its way out.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from dicomproxy.ports import (
     InstanceStore,
     Refused,
 )
+from dicomproxy.retrieval.localize import Localizer, Withheld
 from dicomproxy.retrieval.subscription import FlightOutcome, Subscription
 from dicomproxy.retrieval.tally import (
     NUMBER_OF_MATCHES_UNKNOWN,
@@ -74,18 +75,21 @@ class Outlet:
         if self._destination is not None:
             self._destination.expect(pairs)
 
-    async def send(self, instance: CachedInstance, ahead: Ahead) -> Delivered | None:
+    async def send(
+        self, instance: CachedInstance, ahead: Ahead, localizer: Localizer
+    ) -> Delivered | None:
         """Deliver an instance in its turn; None if the outlet is lost or stopped.
 
         Raises:
             FileNotFoundError, Refused: the store does not hold it whole any more.
+            Withheld: it is not for this destination.
         """
         async with self._turn:
             if self.stopped or self.lost is not None:
                 return None
             reader = await ahead.open(instance)
             try:
-                return await self._deliver(instance, reader)
+                return await self._deliver(instance, await localizer.open(instance, reader))
             except DestinationError as error:
                 self.lost = error
                 _log.warning(
@@ -216,6 +220,7 @@ async def deliver_study(
     part: Part,
     report: DeliveryReport,
     progressed: Callable[[], None],
+    localizer: Localizer,
 ) -> None:
     """Send what *subscription* yields, until it ends or the destination is lost.
 
@@ -243,7 +248,7 @@ async def deliver_study(
                 pairs = {pair: None, **subscription.pairs()}
                 told.update(pairs)
                 outlet.expect(pairs)
-            sent = await _send(item, subscription, outlet, ahead)
+            sent = await _send(item, subscription, outlet, ahead, localizer)
             if sent is None:
                 if outlet.lost is None:
                     if outlet.stopped:
@@ -272,11 +277,24 @@ async def deliver_study(
 
 
 async def _send(
-    instance: CachedInstance, subscription: Subscription, outlet: Outlet, ahead: Ahead
+    instance: CachedInstance,
+    subscription: Subscription,
+    outlet: Outlet,
+    ahead: Ahead,
+    localizer: Localizer,
 ) -> Delivered | None:
     """Deliver one instance; a damaged one is fetched again once, and then comes later."""
     try:
-        return await outlet.send(instance, ahead)
+        return await outlet.send(instance, ahead, localizer)
+    except Withheld as withheld:
+        _log.warning(
+            "instance_withheld",
+            study_instance_uid=instance.study_instance_uid,
+            sop_instance_uid=instance.sop_instance_uid,
+            source=instance.source,
+            reason=withheld.reason,
+        )
+        return Delivered.FAILED
     except (FileNotFoundError, Refused):
         again = await subscription.replace(instance)
         if again and subscription.is_gone(instance.sop_instance_uid):

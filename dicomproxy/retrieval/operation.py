@@ -25,6 +25,7 @@ from dicomproxy.ports import (
 )
 from dicomproxy.retrieval.delivery import Outlet, deliver_study
 from dicomproxy.retrieval.disclosure import Disclosure, Relayed, disclosure_events
+from dicomproxy.retrieval.localize import Localizer
 from dicomproxy.retrieval.locate import LocatedStudy
 from dicomproxy.retrieval.manifest import Manifest, load_manifest
 from dicomproxy.retrieval.relay import Relay
@@ -442,6 +443,12 @@ class RetrieveOperation:
                     part,
                     disclosure.report,
                     self._progressed,
+                    Localizer(
+                        self._coordinator.persons,
+                        self._coordinator.splicing,
+                        subscription,
+                        self.destination.ae_title,
+                    ),
                 )
             finally:
                 self._subscriptions.discard(subscription)

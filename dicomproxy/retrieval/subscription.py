@@ -202,6 +202,11 @@ class Subscription:
         return self._flight.agrees(patient_id)
 
     @property
+    def study_instance_uid(self) -> str:
+        """The study."""
+        return self._flight.study_instance_uid
+
+    @property
     def agreed(self) -> str:
         """The local patient whose study this is, empty while nobody has been named."""
         return self._flight.patient_id

@@ -7,7 +7,10 @@ from typing import Any, cast
 from dicomproxy.ports import CachedInstance, Delivered, Destination, InstanceReader, InstanceStore
 from dicomproxy.retrieval.delivery import DeliveryReport, Outlet, deliver_study
 from dicomproxy.retrieval.flight import Flight
+from dicomproxy.retrieval.localize import Localizer
+from dicomproxy.retrieval.persons import Persons
 from dicomproxy.retrieval.selection import Selection
+from dicomproxy.retrieval.spliced import Splicing
 from dicomproxy.retrieval.subscription import FlightOutcome, FlightRequest, Subscription
 from dicomproxy.retrieval.tally import Part
 from tests.retrieval.fakes import CT, STUDY
@@ -105,6 +108,7 @@ async def test_destination_is_told_before_the_first_instance_and_of_news_only() 
         Part(),
         DeliveryReport(),
         lambda: None,
+        Localizer(Persons(), Splicing(), subscription, "READING1"),
     )
     assert len(workstation.received) == 4
     assert told == [

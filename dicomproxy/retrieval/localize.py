@@ -1,0 +1,279 @@
+"""Instances of foreign sources as they go to a destination: of the right patient, and local.
+
+What an instance says of its patient is checked here once more, whether it has
+come a moment ago or lay in the cache: one of another patient, of one who cannot
+be identified now, or whose birth date or sex contradicts the local patient's is
+withheld. The rest gets the local values on its way. Rules kept: everything that
+must be asked of somebody is asked on the event loop, and then remembered for
+this delivery alone; what a merge notice changes is asked again. Instances of
+sources that the site has told nothing about are handed on untouched.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Final
+
+from prometheus_client import Counter
+
+from dicomproxy.dataset.identifier import CannotEncode, Identifier
+from dicomproxy.dataset.levels import PATIENT_ID
+from dicomproxy.dataset.patient import Domain, PatientId
+from dicomproxy.dataset.splice import Decision, Rewriter, SpliceError
+from dicomproxy.identity.accession import Shown
+from dicomproxy.identity.coercion import SIGNATURES, LocalPatient, accession_numbers, coerce
+from dicomproxy.identity.crossref import IdentityUnresolved
+from dicomproxy.identity.reports import report, report_unresolved
+from dicomproxy.identity.safety import Comparison, Verdict, compare, demographics_of
+from dicomproxy.logs import get_logger
+from dicomproxy.ports import CachedInstance, CrossReferenceError, InstanceReader
+from dicomproxy.retrieval.persons import Identification, Persons, Policy
+from dicomproxy.retrieval.spliced import Splicing
+from dicomproxy.retrieval.subscription import Subscription
+
+_ATTEMPTS: Final = 8
+"""How often it is decided again: for the patient, for accession numbers, after merges."""
+
+_log = get_logger()
+
+_COERCED: Final = Counter(
+    "dicomproxy_instances_coerced_total",
+    "Instances made local on their way to a destination, or withheld, by what came of it.",
+    ["source", "outcome"],
+)
+
+
+class Withheld(Exception):
+    """An instance is not to be delivered; ``reason`` is a log-safe word."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+class Localizer:
+    """Makes the instances of one study local for one destination.
+
+    Args:
+        persons: who patients are.
+        splicing: rewrites instances.
+        subscription: knows which patient was agreed on.
+        destination_ae_title: for rules about it.
+        at: when, as is recorded in what is changed; now by default.
+    """
+
+    def __init__(
+        self,
+        persons: Persons,
+        splicing: Splicing,
+        subscription: Subscription,
+        destination_ae_title: str,
+        at: datetime | None = None,
+    ) -> None:
+        self._persons = persons
+        self._splicing = splicing
+        self._subscription = subscription
+        self._destination = destination_ae_title
+        self._at = at or datetime.now(UTC).replace(microsecond=0)
+        self._version = persons.version
+        self._sources: dict[str, _Source] = {}
+
+    async def open(self, instance: CachedInstance, reader: InstanceReader) -> InstanceReader:
+        """Return a reader of what is to be sent, which closes *reader* in its turn.
+
+        Raises:
+            Withheld: nothing is to be sent.
+            OSError: it cannot be read.
+        """
+        identification = self._persons.identification
+        policy = self._persons.policy(instance.source)
+        if identification is None or policy is None:
+            return reader
+        try:
+            opened = await self._open(instance, reader, identification, policy)
+        except Withheld as withheld:
+            _COERCED.labels(instance.source, withheld.reason).inc()
+            raise
+        except (SpliceError, CannotEncode) as error:
+            reason = "cannot_encode" if isinstance(error, CannotEncode) else "cannot_splice"
+            _COERCED.labels(instance.source, reason).inc()
+            raise Withheld(reason) from None
+        _COERCED.labels(instance.source, "coerced").inc()
+        return opened
+
+    async def _open(
+        self,
+        instance: CachedInstance,
+        reader: InstanceReader,
+        identification: Identification,
+        policy: Policy,
+    ) -> InstanceReader:
+        for _ in range(_ATTEMPTS):
+            if self._version != self._persons.version:
+                self._version = self._persons.version
+                self._sources.clear()
+            source = self._sources.get(instance.source)
+            if source is None:
+                source = self._sources[instance.source] = _Source(
+                    instance.source, policy, self._persons, self._destination, self._at
+                )
+            opened: InstanceReader | None = None
+            needed: _Needed | None = None
+            try:
+                await source.prepare(identification, self._subscription)
+                opened = await self._splicing.open(
+                    reader, instance.transfer_syntax_uid, source.rewriter
+                )
+            except _Needed as what:
+                needed = what
+            except _Unfit as unfit:
+                source.tell(unfit.comparison, self._subscription, shown=False)
+                raise Withheld(
+                    "identity_conflict"
+                    if unfit.comparison.verdict is Verdict.CONFLICT
+                    else "identity_unverified"
+                ) from None
+            except IdentityUnresolved as unresolved:
+                raise source.unresolved(unresolved, self._subscription) from None
+            if needed is not None:
+                await source.learn(needed, identification, self._subscription)
+            elif opened is not None and self._version == self._persons.version:
+                if source.comparison is not None:
+                    source.tell(source.comparison, self._subscription, shown=True)
+                return opened
+        raise Withheld("identity_changes")
+
+
+class _Needed(Exception):
+    """Something has to be asked before it can be decided."""
+
+    def __init__(self, named: PatientId | None, numbers: dict[str, Domain]) -> None:
+        self.named = named
+        self.numbers = numbers
+        super().__init__("something has to be asked")
+
+
+class _Unfit(Exception):
+    """What an instance says of its patient forbids that it is shown."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison = comparison
+        super().__init__(str(comparison.verdict))
+
+
+class _Source:
+    """What is known, for one delivery, of what one source's instances become."""
+
+    def __init__(
+        self, name: str, policy: Policy, persons: Persons, destination: str, at: datetime
+    ) -> None:
+        self.name = name
+        self.comparison: Comparison | None = None
+        """Of an instance that may be shown, if it is worth telling."""
+        self._policy = policy
+        self._persons = persons
+        self._destination = destination
+        self._at = at
+        self._patient: LocalPatient | None = None
+        self._met: dict[PatientId | None, str] = {}
+        """Whom instances name, and why nothing of theirs is sent, if it is not."""
+        self._shown: dict[str, Shown] | None = None
+        self._prepared = False
+        self._told: set[Comparison] = set()
+        self.rewriter = Rewriter(
+            policy.coercion.tags, self._decide, required=(PATIENT_ID,), further=SIGNATURES
+        )
+
+    # ------------------------------------------------------------- on the loop
+
+    async def prepare(self, identification: Identification, subscription: Subscription) -> None:
+        """Find out what does not depend on the instance."""
+        if not self._prepared:
+            shown = await identification.shown_numbers(self.name, {})
+            self._shown = dict(shown) if shown is not None else None
+            self._prepared = True
+        agreed = subscription.agreed
+        if self._patient is None and agreed:
+            demographics = await self._persons.demographics(agreed)
+            self._patient = LocalPatient(self._persons.local(agreed), demographics)
+
+    async def learn(
+        self, needed: _Needed, identification: Identification, subscription: Subscription
+    ) -> None:
+        """Ask for what is needed.
+
+        Raises:
+            Withheld: it is no instance of the patient agreed on, or nobody can tell.
+        """
+        if needed.named not in self._met:
+            self._met[needed.named] = await self._meet(needed.named, subscription)
+        if reason := self._met[needed.named]:
+            raise Withheld(reason)
+        numbers = needed.numbers
+        if self._shown is not None and numbers:
+            self._shown.update(await identification.shown_numbers(self.name, numbers) or {})
+
+    async def _meet(self, named: PatientId | None, subscription: Subscription) -> str:
+        """Find out whether somebody is the patient agreed on; why not, if so."""
+        if named is None:
+            # If nobody says whose it is, it cannot be made anybody's.
+            return "" if subscription.agreed else "identity_unresolved"
+        study = subscription.study_instance_uid
+        try:
+            local_id = await self._persons.here(named, self.name)
+        except IdentityUnresolved as unresolved:
+            return self.unresolved(unresolved, subscription).reason
+        except CrossReferenceError as error:
+            _log.warning(
+                "source_not_identified",
+                source=self.name,
+                failure=str(error.failure),
+                reason=error.reason,
+                study_instance_uid=study,
+            )
+            return "identity_unknown"
+        if subscription.agrees(local_id):
+            return ""
+        _log.warning(
+            "identity_conflict",
+            source=self.name,
+            study_instance_uid=study,
+            reason="other_patient",
+        )
+        return "identity_conflict"
+
+    def unresolved(self, unresolved: IdentityUnresolved, subscription: Subscription) -> Withheld:
+        """Report an ID that leads to no one local patient."""
+        report_unresolved(self.name, unresolved, study_instance_uid=subscription.study_instance_uid)
+        return Withheld("identity_unresolved")
+
+    def tell(self, comparison: Comparison, subscription: Subscription, *, shown: bool) -> None:
+        """Report what a comparison came to, once for a study rather than for each instance."""
+        if comparison not in self._told:
+            self._told.add(comparison)
+            uid = subscription.study_instance_uid
+            report(self.name, comparison, shown=shown, study_instance_uid=uid)
+
+    # ------------------------------------------------------------ in any thread
+
+    def _decide(self, view: Identifier) -> Decision:
+        """Say what becomes of an instance with the header *view*; asks nobody."""
+        named = self._persons.of_answer(view, self.name)
+        numbers: dict[str, Domain] = {}
+        if self._shown is not None:
+            numbers = {
+                number: issuer
+                for number, issuer in accession_numbers(view).items()
+                if number not in self._shown
+            }
+        patient = self._patient
+        if patient is None or numbers or self._met.get(named, "unknown"):
+            raise _Needed(named, numbers)
+        comparison = compare(patient.demographics, demographics_of(view))
+        if not comparison.permits(self._policy.unverified):
+            raise _Unfit(comparison)
+        if comparison.name_differs:
+            self.comparison = comparison
+        return coerce(
+            view, patient, self._policy.coercion, self._shown, self._at, self._destination
+        )

@@ -1,0 +1,208 @@
+"""Instances that are rewritten while they are read: the store's bytes with another header.
+
+A reader of the store gives bytes to the event loop; rewriting wants to read
+where it is. Rules kept: what a header needs is read first, without blocking, and
+rewritten from memory; only a data set whose header is longer than that, or
+deflated, is gone through by a thread, which has the loop read for it, one or two
+at a time. What nobody changes is read straight into where it is sent from.
+Memory in use does not grow with the object.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from typing import Final, Protocol
+
+from dicomproxy.dataset.header import DEFLATED_EXPLICIT_VR_LITTLE_ENDIAN
+from dicomproxy.dataset.splice import Copy, Read, Rewritten, Splice
+from dicomproxy.ports import InstanceReader
+
+HEAD_BYTES: Final = 64 * 1024
+"""What is read before anything is decided; the headers of most instances end within it."""
+
+_THREADS: Final = 2
+_READ_SECONDS: Final = 120.0
+
+
+class Rewriting(Protocol):
+    """As :class:`~dicomproxy.dataset.splice.Rewriter`."""
+
+    def rewrite(self, read: Read, size_bytes: int, transfer_syntax_uid: str) -> Rewritten: ...
+
+
+class _Beyond(Exception):
+    """More of the data set is needed than is in memory."""
+
+
+class Splicing:
+    """Rewrites instances, a few of the difficult ones at a time."""
+
+    def __init__(self) -> None:
+        self._threads = asyncio.Semaphore(_THREADS)
+
+    async def open(
+        self, reader: InstanceReader, transfer_syntax_uid: str, rewriting: Rewriting
+    ) -> InstanceReader:
+        """Return a reader of the rewritten data set, which closes *reader* in its turn.
+
+        Raises:
+            SpliceError, OSError: it cannot be rewritten, or read.
+        """
+        size = reader.size
+        rewritten: Rewritten | None = None
+        if transfer_syntax_uid != DEFLATED_EXPLICIT_VR_LITTLE_ENDIAN:
+            head = bytearray(min(HEAD_BYTES, size))
+            if await reader.read_into([memoryview(head)], 0) != len(head):
+                raise OSError("the data set broke off")
+            try:
+                rewritten = rewriting.rewrite(_within(bytes(head), size), size, transfer_syntax_uid)
+            except _Beyond:
+                pass
+        if rewritten is None:
+            read = _from_thread(reader, asyncio.get_running_loop())
+            async with self._threads:
+                rewritten = await asyncio.to_thread(
+                    rewriting.rewrite, read, size, transfer_syntax_uid
+                )
+        if isinstance(rewritten, Splice):
+            return SplicedReader(reader, rewritten)
+        return _ChunkReader(reader, rewritten, self._threads)
+
+
+def _within(head: bytes, size: int) -> Read:
+    def read(offset: int, count: int) -> bytes:
+        if offset + count > len(head) and len(head) < size and offset < size:
+            raise _Beyond
+        return head[offset : offset + count]
+
+    return read
+
+
+def _from_thread(reader: InstanceReader, loop: asyncio.AbstractEventLoop) -> Read:
+    """Return how a thread reads: it waits for *loop*, which never waits for it."""
+
+    def read(offset: int, count: int) -> bytes:
+        buffer = bytearray(max(0, min(count, reader.size - offset)))
+        if not buffer:
+            return b""
+        reading = asyncio.run_coroutine_threadsafe(
+            reader.read_into([memoryview(buffer)], offset), loop
+        )
+        return bytes(buffer[: reading.result(_READ_SECONDS)])
+
+    return read
+
+
+class SplicedReader:
+    """Implements :class:`~dicomproxy.ports.InstanceReader` over new bytes and ranges of another."""
+
+    def __init__(self, reader: InstanceReader, splice: Splice) -> None:
+        self._reader = reader
+        self._segments = splice.segments
+        self._ends = list(accumulate(map(_length, splice.segments)))
+
+    @property
+    def size(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    async def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """See the port; offsets are those of the rewritten data set."""
+        begin = offset
+        left = [buffer for buffer in buffers if buffer.nbytes]
+        at = bisect_right(self._ends, offset)
+        while left and at < len(self._segments):
+            segment = self._segments[at]
+            inside = offset - (self._ends[at] - _length(segment))
+            here, left = _split(left, self._ends[at] - offset)
+            count = sum(buffer.nbytes for buffer in here)
+            if isinstance(segment, Copy):
+                got = await self._reader.read_into(here, segment.offset + inside)
+            else:
+                got = _fill(here, segment, inside)
+            offset += got
+            if got < count:
+                break
+            at += 1
+        return offset - begin
+
+    async def close(self) -> None:
+        await self._reader.close()
+
+
+def _length(segment: bytes | Copy) -> int:
+    return segment.size if isinstance(segment, Copy) else len(segment)
+
+
+def _split(buffers: Sequence[memoryview], size: int) -> tuple[list[memoryview], list[memoryview]]:
+    """Divide *buffers* after their first *size* bytes."""
+    first: list[memoryview] = []
+    for number, buffer in enumerate(buffers):
+        if size <= 0:
+            return first, list(buffers[number:])
+        first.append(buffer[:size])
+        if buffer.nbytes > size:
+            return first, [buffer[size:], *buffers[number + 1 :]]
+        size -= buffer.nbytes
+    return first, []
+
+
+def _fill(buffers: Sequence[memoryview], data: bytes, at: int) -> int:
+    begin = at
+    for buffer in buffers:
+        part = data[at : at + buffer.nbytes]
+        buffer[: len(part)] = part
+        at += len(part)
+    return at - begin
+
+
+class _ChunkReader:
+    """Reads what can only be had from its beginning to its end, piece by piece.
+
+    The pieces are made by threads. One who reads again from the beginning, as for
+    another association, has them made again.
+    """
+
+    def __init__(
+        self, reader: InstanceReader, rewritten: Rewritten, threads: asyncio.Semaphore
+    ) -> None:
+        self._reader = reader
+        self._rewritten = rewritten
+        self._threads = threads
+        self._chunks: Iterator[bytes] = iter(())
+        self._piece = b""
+        self._begin = 0
+        self._started = False
+
+    @property
+    def size(self) -> int:
+        return self._rewritten.total_bytes
+
+    async def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """See the port; costs time in proportion to the offset unless that only grows."""
+        if not self._started or offset < self._begin:
+            self._chunks, self._piece, self._begin = self._rewritten.chunks(), b"", 0
+            self._started = True
+        begin = offset
+        left = [buffer for buffer in buffers if buffer.nbytes]
+        while left:
+            inside = offset - self._begin
+            if inside >= len(self._piece):
+                self._begin += len(self._piece)
+                self._piece = await self._next()
+                if not self._piece:
+                    break
+                continue
+            here, left = _split(left, len(self._piece) - inside)
+            offset += _fill(here, self._piece, inside)
+        return offset - begin
+
+    async def _next(self) -> bytes:
+        following: Callable[[Iterator[bytes], bytes], bytes] = next
+        async with self._threads:
+            return await asyncio.to_thread(following, self._chunks, b"")
+
+    async def close(self) -> None:
+        await self._reader.close()
