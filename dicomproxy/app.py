@@ -22,6 +22,7 @@ from dicomproxy.retrieval.flights import Flights
 from dicomproxy.services.operations import Operations
 from dicomproxy.snapshot import snapshot
 from dicomproxy.state import StateStore
+from dicomproxy.state.accessions import AccessionMap
 from dicomproxy.tasks import TaskOwner, log_tasks
 from dicomproxy.web import WebServer
 from dicomproxy.wiring import (
@@ -32,6 +33,7 @@ from dicomproxy.wiring import (
     limits,
     timers,
 )
+from dicomproxy.wiring_identity import read_secrets
 
 _CANCEL_SECONDS: Final = 5.0
 _FAREWELL_SECONDS: Final = 2.0
@@ -107,16 +109,21 @@ class Application:
         locations = StateStore(settings.state_directory)
         await locations.start()
         self._stack.push_async_callback(locations.close)
+        accessions = AccessionMap(settings.state_directory)
+        await accessions.start()
+        self._stack.push_async_callback(accessions.close)
         audit = FileAudit(settings.audit_file)
         await audit.start()
         self._stack.push_async_callback(audit.close)
         self.flights = Flights(self.store, flight_settings(settings), locations)
         self._foundation = Foundation(
-            self.layer, self.store, locations, audit, self.flights, self.operations
+            self.layer, self.store, locations, accessions, audit, self.flights, self.operations
         )
         self._stack.push_async_callback(self.layer.close, _FAREWELL_SECONDS)
-        routing = self.routing = Routing(settings, self._foundation)
+        secrets = await asyncio.to_thread(read_secrets, settings)
+        routing = self.routing = Routing(settings, self._foundation, secrets)
         self._stack.push_async_callback(self._close_routing)
+        await routing.start()
         # What they fetch is told to stop while there are associations to say it on.
         self._stack.push_async_callback(self.flights.close)
         self._stack.push_async_callback(self._tasks.close)
@@ -235,6 +242,11 @@ class Application:
                     key=fault.path,
                 )
             return False
+        try:
+            secrets = await asyncio.to_thread(read_secrets, settings)
+        except Exception as error:
+            _log.error("reload_refused", **error_fields(error))
+            return False
         if self.draining:
             return False  # it would take in the work that is being turned away
         started_with = self._started_with
@@ -244,10 +256,11 @@ class Application:
         if kept:
             _log.warning("reload_needs_restart", keys=kept)
         try:
-            routing = Routing(settings, self._foundation)
+            routing = Routing(settings, self._foundation, secrets)
         except Exception as error:
             _log.error("reload_refused", **error_fields(error))
             return False
+        await routing.start()
         retired, self.routing = self.routing, routing
         self.settings = settings
         self.listener.acceptor = routing.acceptor

@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from dicomproxy.audit import FileAudit
 from dicomproxy.cache import CacheSettings, DiskInstanceStore
 from dicomproxy.config import Settings
-from dicomproxy.config.coercion import RuleEntry
 from dicomproxy.config.identity import DomainSection
 from dicomproxy.config.model import LocalSection, SourceEntry, WorkstationEntry
 from dicomproxy.dataset.patient import Domain
 from dicomproxy.destinations.workstation import Workstation, WorkstationSettings
 from dicomproxy.dimse.layer import Limits, Timers, UpperLayer
-from dicomproxy.identity.coercion import Action, Code, CoercionSettings, Rule
 from dicomproxy.ports import LOCAL, Caller, Destination, Originator
 from dicomproxy.query.coordinator import QueryCoordinator
 from dicomproxy.retrieval.arrivals import FlightArrivals
@@ -36,6 +34,10 @@ from dicomproxy.sources.archive import Archive, ArchiveSettings
 from dicomproxy.sources.dimse import DimseSource
 from dicomproxy.sources.local import LocalPacs
 from dicomproxy.state import StateStore
+from dicomproxy.state.accessions import AccessionMap
+from dicomproxy.wiring_identity import Identity, Secrets, coercion_settings, is_configured
+
+__all__ = ["Foundation", "Routing", "coercion_settings"]
 
 _NEVER = 10**9
 
@@ -47,6 +49,7 @@ class Foundation:
     layer: UpperLayer
     store: DiskInstanceStore
     locations: StateStore
+    accessions: AccessionMap
     audit: FileAudit
     flights: Flights
     operations: Operations
@@ -139,45 +142,7 @@ def source_archive_settings(settings: Settings, entry: SourceEntry) -> ArchiveSe
 
 
 def domain(section: DomainSection) -> Domain:
-    if not section.is_named:
-        return Domain()
-    return Domain(
-        section.namespace or "",
-        section.universal_id or "",
-        section.universal_id_type if section.universal_id else "",
-    )
-
-
-def coercion_settings(settings: Settings, entry: SourceEntry) -> CoercionSettings:
-    """How objects of a source, and answers about them, are made to look local."""
-    section = entry.coerce
-    own = entry.patient_id_issuer
-    return CoercionSettings(
-        source=entry.ae_title,
-        modifying_system=settings.proxy.ae_title,
-        domain=domain(own if own.is_named else settings.local.patient_id_issuer),
-        ignore_issuers=entry.identity.issuer == "ignore",
-        study_description_prefix=section.study_description_prefix or "",
-        descriptions={name.remote: name.local for name in section.descriptions},
-        procedure_codes={
-            code.remote: Code(*code.local, code.meaning) for code in section.procedure_codes
-        },
-        rules=tuple(_rule(rule) for rule in section.rules),
-        keep_study_id=section.study_id == "keep",
-    )
-
-
-def _rule(entry: RuleEntry) -> Rule:
-    return Rule(
-        action=Action(entry.action),
-        tag=entry.attribute.tag,
-        vr=entry.attribute.vr,
-        value=entry.value or "",
-        other=entry.from_attribute.tag if entry.from_attribute else 0,
-        table={value.remote: value.local for value in entry.values},
-        modalities=frozenset(entry.modalities or ()),
-        destinations=frozenset(entry.destinations or ()),
-    )
+    return section.domain
 
 
 def access_control(settings: Settings) -> AccessControl:
@@ -271,9 +236,20 @@ def _workstation(settings: Settings, entry: WorkstationEntry) -> WorkstationSett
 
 
 class Routing:
-    """Peers and services as one configuration has them."""
+    """Peers and services as one configuration has them.
 
-    def __init__(self, settings: Settings, foundation: Foundation) -> None:
+    Args:
+        settings: the configuration.
+        foundation: what it is built on.
+        secrets: of its cross-references, as they were read.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        foundation: Foundation,
+        secrets: dict[str, Secrets] | None = None,
+    ) -> None:
         self.settings = settings
         layer, flights = foundation.layer, foundation.flights
         arrivals = FlightArrivals(foundation.store, flights)
@@ -287,6 +263,18 @@ class Routing:
         local_source = DimseSource(self.local_archive, arrivals)
         self.sources = (*sources.values(), local_source)
         self.local = LocalPacs(self.local_archive, local_source)
+        self._identity = (
+            Identity(
+                settings,
+                secrets or {},
+                foundation.accessions,
+                foundation.locations,
+                local_source.find,
+            )
+            if is_configured(settings)
+            else None
+        )
+        self.identity = self._identity.service if self._identity is not None else None
         self.queries = QueryCoordinator(
             self.local,
             sources,
@@ -294,6 +282,7 @@ class Routing:
             foundation.audit,
             settings.local.query_timeout,
             foundation.store.is_complete,
+            identity=self.identity,
         )
         self.retrieves = RetrieveCoordinator(
             store=foundation.store,
@@ -324,10 +313,17 @@ class Routing:
             foundation.operations,
         )
 
+    async def start(self) -> None:
+        """Begin to read what answers have to be translated by."""
+        if self._identity is not None:
+            await self._identity.start()
+
     async def close(self) -> None:
         """End what is still asked of sources, and their associations."""
         await self.queries.close()
         await self.retrieves.close()
+        if self._identity is not None:
+            await self._identity.close()
         await self.local.close()
         for archive in self.archives:
             await archive.close()

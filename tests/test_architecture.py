@@ -27,7 +27,7 @@ LONGER_MODULES = {"dicomproxy.dataset.identifier": 620}
 
 BASE = {"logs", "tasks"}
 CORE = BASE | {"dataset", "ports"}
-COMPOSITION = {"app", "wiring", "snapshot"}
+COMPOSITION = {"app", "wiring", "wiring_identity", "snapshot"}
 INNER = {"hl7", "identity", "query", "retrieval"}
 EDGES = {"audit", "cache", "destinations", "services", "sources", "state", "web"}
 
@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dataset": set(),
     "ports": {"dataset"},
     "dimse": BASE,
-    "query": CORE,
+    "query": CORE | {"identity"},
     "retrieval": CORE | {"identity"},
     "sources": CORE | {"dimse"},
     "destinations": CORE | {"dimse"},

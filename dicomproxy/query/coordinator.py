@@ -10,17 +10,25 @@ query.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Mapping,
+    Sequence,
+)
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Final, TypeVar
 
 from dicomproxy.dataset.identifier import Identifier, IdentifierError
 from dicomproxy.dataset.levels import PATIENT_ID, STUDY_INSTANCE_UID, Level, Root
+from dicomproxy.identity.service import IdentityService
 from dicomproxy.logs import error_fields, get_logger
 from dicomproxy.ports import (
     LOCAL,
     Audit,
     Caller,
+    CrossReferenceError,
     Failure,
     LocalAnswer,
     LocalArchive,
@@ -28,11 +36,14 @@ from dicomproxy.ports import (
     Locations,
     Source,
     SourceError,
+    SourceQuery,
 )
 from dicomproxy.query.merge import Merge, Verdict
 from dicomproxy.query.operation import SECONDS, WITHHELD, Leg, Query, QuerySummary
-from dicomproxy.query.plan import QueryRefused, QueryRequest, plan, validate
-from dicomproxy.query.rows import Answer, Style
+from dicomproxy.query.plan import QueryPlan, QueryRefused, QueryRequest, plan, validate
+from dicomproxy.query.rows import Answer, Style, batch_of
+from dicomproxy.query.translation import Local, Translation
+from dicomproxy.query.waiting import Waiting
 from dicomproxy.tasks import OwnerClosed, TaskOwner
 
 __all__ = ["Answer", "Answers", "QueryCoordinator", "QuerySummary"]
@@ -73,6 +84,7 @@ class QueryCoordinator:
         local_query_timeout_seconds: how long remote rows are held for the local
             PACS at most; it may answer later all the same.
         cached: tells whether a study is held completely in the cache.
+        identity: who patients are elsewhere; None where each has one ID everywhere.
     """
 
     def __init__(
@@ -83,6 +95,8 @@ class QueryCoordinator:
         audit: Audit,
         local_query_timeout_seconds: float,
         cached: Callable[[str], bool],
+        *,
+        identity: IdentityService | None = None,
     ) -> None:
         self._local = local
         self._sources = sources
@@ -90,6 +104,7 @@ class QueryCoordinator:
         self._audit = audit
         self._local_query_timeout_seconds = local_query_timeout_seconds
         self._cached = cached
+        self._identity = identity
         self._tasks = TaskOwner("query")
         self._legs = 0
         self._late_legs = 0
@@ -161,7 +176,16 @@ class QueryCoordinator:
         summary.query_level = request.level.value
         style = Style(request, transfer_syntax_uid, caller.called_ae_title, caller.charset)
         merge = Merge(style, caller.availability, self._cached)
-        query = Query(request, caller, operation_id, merge, summary)
+        translation = None
+        if self._identity is not None:
+            translation = Translation(
+                self._identity,
+                request,
+                self._sources,
+                caller.ae_title,
+                self._local_query_timeout_seconds,
+            )
+        query = Query(request, caller, operation_id, merge, summary, translation)
         local = self._local.find(
             sop_class_uid,
             transfer_syntax_uid,
@@ -199,11 +223,13 @@ class QueryCoordinator:
                     query.summary.local_matches += len(batch)
                     most = _BATCH_ROWS
                     yield batch
+            if query.local_done and query.translation is not None:
+                query.translation.local_has_told()
             now = loop.time()
             if query.local_done or now >= release_at:
                 # Local rows that came meanwhile go before the next batch.
                 while query.merge.holding and not query.local_rows:
-                    batch = _batch(query.merge.release(), most)
+                    batch = batch_of(query.merge.release(), most, _BATCH_BYTES)
                     query.summary.remote_matches += len(batch)
                     most = _BATCH_ROWS
                     yield batch
@@ -231,7 +257,7 @@ class QueryCoordinator:
         """Take local rows that wait; what is returned may be fewer, or none."""
         located: list[Location] = []
         taken = (self._take_local(query, located) for _ in range(len(query.local_rows)))
-        batch = _batch((answer for answer in taken if answer is not None), most)
+        batch = batch_of((answer for answer in taken if answer is not None), most, _BATCH_BYTES)
         if located:
             # Below STUDY level a study is named by each of its rows.
             self._locations.remember(list(dict.fromkeys(located)))
@@ -240,6 +266,8 @@ class QueryCoordinator:
     def _take_local(self, query: Query, located: list[Location]) -> Answer | None:
         row = query.merge.local(query.local_rows.popleft())
         query.room.set()
+        if self._identity is not None and row.row is not None:
+            self._identity.learn(row.row)
         if not row.readable:
             _log.warning(
                 "local_answer_unreadable",
@@ -308,7 +336,7 @@ class QueryCoordinator:
         """Decide who is asked, and ask; apart from the local leg, which must not wait for it."""
         try:
             query.known = await self._locate(query.request, query.caller)
-            decided = plan(query.request, query.caller, self._sources, query.known)
+            decided = await self._plan(query)
             query.summary.local_only = decided.local_only
             query.summary.sources = tuple(leg.source for leg in decided.legs)
             for study, source in decided.conflicts:
@@ -331,6 +359,23 @@ class QueryCoordinator:
             query.planned = True
             query.changed.set()
             self._sources_may_have_ended(query)
+
+    async def _plan(self, query: Query) -> QueryPlan:
+        translation = query.translation
+        if translation is None or query.caller.is_source:
+            return plan(query.request, query.caller, self._sources, query.known)
+        if translation.of_another_domain:
+            return QueryPlan(local_only="patient_of_another_domain")
+        await translation.resolve_accession()
+        known = await translation.known_here(query.known)
+        origin = translation.origin
+        return plan(
+            query.request,
+            query.caller,
+            self._sources,
+            known,
+            origin.source if origin is not None else "",
+        )
 
     def _sources_may_have_ended(self, query: Query) -> None:
         """Begin to record as soon as all is known, while rows are still being sent."""
@@ -358,23 +403,18 @@ class QueryCoordinator:
 
     async def _ask(self, query: Query, leg: Leg) -> None:
         """Put the questions of one leg to its source. Fails nobody else."""
-        source = self._sources[leg.source]
-        answered = False
         try:
             async with asyncio.timeout(_LEG_SECONDS):
-                for question, study in zip(
-                    leg.plan.queries, leg.plan.study_instance_uids, strict=True
-                ):
-                    async with _closing(source.find(question)) as rows:
-                        async for row in rows:
-                            answered = True
-                            leg.rows += 1
-                            if self._take_remote(query, leg, row, study) is Verdict.TOO_MANY:
-                                break
-                    answered = True
+                if query.translation is None:
+                    await self._ask_as_it_is(query, leg)
+                else:
+                    await self._ask_translated(query, leg, query.translation)
         except SourceError as error:
-            leg.asked = answered or error.failure is not Failure.BREAKER
+            leg.asked = leg.answered or error.failure is not Failure.BREAKER
             query.failed(leg, error.failure, status=error.status)
+        except CrossReferenceError as error:
+            leg.asked = leg.answered
+            query.failed(leg, error.failure, reason=error.reason)
         except TimeoutError:
             query.failed(leg, Failure.TIMEOUT)
         except Exception as error:
@@ -389,7 +429,87 @@ class QueryCoordinator:
         query.changed.set()
         self._sources_may_have_ended(query)
 
-    def _take_remote(self, query: Query, leg: Leg, row: Identifier, study: str) -> Verdict:
+    async def _ask_as_it_is(self, query: Query, leg: Leg) -> None:
+        """Ask as the workstation did."""
+        source = self._sources[leg.source]
+        for question, study in zip(leg.plan.queries, leg.plan.study_instance_uids, strict=True):
+            async with _closing(source.find(question)) as rows:
+                async for row in rows:
+                    leg.answered = True
+                    leg.rows += 1
+                    if self._take_remote(query, leg, row, study) is Verdict.TOO_MANY:
+                        break
+            leg.answered = True
+
+    async def _ask_translated(self, query: Query, leg: Leg, translation: Translation) -> None:
+        """Ask by the source's own IDs, and make local what it answers while it answers."""
+        questions = await translation.questions(
+            leg.source, leg.plan.queries, leg.plan.study_instance_uids
+        )
+        if not questions:
+            query.not_asked(leg)
+            return
+        waiting = Waiting()
+        failure: Exception | None = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._localise(query, leg, translation, waiting))
+                try:
+                    await self._read(leg, questions, waiting)
+                except Exception as error:
+                    failure = error  # what came before it counts
+                finally:
+                    waiting.end()
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        if failure is not None:
+            raise failure
+
+    async def _read(
+        self, leg: Leg, questions: Sequence[tuple[SourceQuery, str]], waiting: Waiting
+    ) -> None:
+        source = self._sources[leg.source]
+        for question, study in questions:
+            async with _closing(source.find(question)) as rows:
+                async for row in rows:
+                    leg.answered = True
+                    leg.rows += 1
+                    if not await waiting.put(row, study):
+                        return
+            leg.answered = True
+
+    async def _localise(
+        self, query: Query, leg: Leg, translation: Translation, waiting: Waiting
+    ) -> None:
+        """Take rows as they wait, together; those whose patient cannot be found out are lost."""
+        while rows := await waiting.take():
+            try:
+                made = await translation.localise(leg.source, rows)
+            except CrossReferenceError as error:
+                query.failed(leg, error.failure, reason=error.reason)
+                continue
+            for local, (row, study) in zip(made, rows, strict=True):
+                if self._take_local_form(query, leg, local, row, study) is Verdict.TOO_MANY:
+                    waiting.stop()
+                    return
+
+    def _take_local_form(
+        self, query: Query, leg: Leg, local: Local, row: Identifier, study: str
+    ) -> Verdict:
+        if local.row is not None:
+            return self._take_remote(query, leg, local.row, study, local.foreign_id)
+        leg.verdicts[local.verdict] = leg.verdicts.get(local.verdict, 0) + 1
+        query.summary.withheld += 1
+        WITHHELD.labels(leg.source).inc()
+        if study := row.text(STUDY_INSTANCE_UID) or study:
+            # Where it was seen before, it was seen as somebody else's.
+            self._locations.forget(study, leg.source)
+        return local.verdict
+
+    def _take_remote(
+        self, query: Query, leg: Leg, row: Identifier, study: str, foreign_id: str = ""
+    ) -> Verdict:
+        """Merge a row; *foreign_id* is the patient's at the source, if it is not the row's."""
         verdict = query.merge.remote(leg.source, row, study)
         leg.verdicts[verdict] = leg.verdicts.get(verdict, 0) + 1
         seen = row.text(STUDY_INSTANCE_UID) or study
@@ -399,7 +519,7 @@ class QueryCoordinator:
             query.summary.withheld += 1
             WITHHELD.labels(leg.source).inc()
         elif verdict.locates and seen:
-            patient = row.text(PATIENT_ID) or query.patient_of(seen, leg.source)
+            patient = foreign_id or row.text(PATIENT_ID) or query.patient_of(seen, leg.source)
             self._locations.remember([Location(seen, leg.source, patient)])
         if query.open:
             query.changed.set()
@@ -465,18 +585,6 @@ class QueryCoordinator:
 
     def _late_leg_ended(self) -> None:
         self._late_legs -= 1
-
-
-def _batch(answers: Iterable[Answer], most: int) -> Answers:
-    """Take up to *most* answers, of bounded size together."""
-    taken: list[Answer] = []
-    size = 0
-    for answer in answers:
-        taken.append(answer)
-        size += len(answer.data)
-        if len(taken) >= most or size >= _BATCH_BYTES:
-            break
-    return tuple(taken)
 
 
 @asynccontextmanager

@@ -48,7 +48,8 @@ class Verdict(StrEnum):
 class LocalRow:
     """A local row: what to send, if anything, and what it taught.
 
-    ``conflicts`` are sources that gave the same study under another patient.
+    ``conflicts`` are sources that gave the same study under another patient;
+    ``row`` is what the local PACS said, where it can be read.
     """
 
     answer: Answer | None
@@ -56,6 +57,7 @@ class LocalRow:
     patient_id: str = ""
     readable: bool = True
     conflicts: tuple[str, ...] = ()
+    row: Identifier | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(slots=True)
@@ -121,10 +123,10 @@ class Merge:
             by_local = self._sent.get(key)
             if by_local is False or (by_local and self._level is not Level.PATIENT):
                 self.duplicates += 1
-                return LocalRow(None, study, patient)
+                return LocalRow(None, study, patient, row=row)
             self._remember(key, study, patient, by_local=True)
         sent = Answer(answer.status, local_row(self._style, answer, row))
-        return LocalRow(sent, study, patient, conflicts=conflicts)
+        return LocalRow(sent, study, patient, conflicts=conflicts, row=row)
 
     def remote(self, source: str, row: Identifier, study_instance_uid: str = "") -> Verdict:
         """Take a row of a source, to be released later.

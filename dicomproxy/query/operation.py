@@ -18,6 +18,7 @@ from dicomproxy.logs import get_logger
 from dicomproxy.ports import AuditEvent, Caller, Failure, LocalAnswer, Location
 from dicomproxy.query.merge import Merge, Verdict
 from dicomproxy.query.plan import QueryRequest, SourceLeg
+from dicomproxy.query.translation import Translation
 
 _log = get_logger()
 
@@ -69,6 +70,7 @@ class Leg:
     rows: int = 0
     verdicts: dict[Verdict, int] = field(default_factory=dict)
     done: bool = False
+    answered: bool = False  # something came, were it that there is nothing
     asked: bool = True  # false if it never left the house
     failure: Failure | None = None
     status: int | None = None
@@ -95,12 +97,14 @@ class Query:
         operation_id: str,
         merge: Merge,
         summary: QuerySummary,
+        translation: Translation | None = None,
     ) -> None:
         self.request = request
         self.caller = caller
         self.operation_id = operation_id
         self.merge = merge
         self.summary = summary
+        self.translation = translation
         self.open = True
         self.planned = False
         self.legs: list[Leg] = []
@@ -152,6 +156,12 @@ class Query:
         if status is not None:
             facts["status"] = status
         _log.warning("source_query_failed", **facts)
+
+    def not_asked(self, leg: Leg) -> None:
+        """Leave out a source that knows nobody by the ID asked for, which is no failure."""
+        leg.asked = False
+        self.summary.sources = tuple(name for name in self.summary.sources if name != leg.source)
+        _log.info("source_not_asked", reason="no_patient_id", **self.facts(leg))
 
     def report_conflict(self, study: str, source: str) -> None:
         """Report a source that knows a study under another patient."""

@@ -1,9 +1,10 @@
 """Who is asked, and how (PS3.4 C.4.1).
 
 Rule kept: nothing leaves the house that a patient's care does not need. Sources
-are asked only for exactly one Patient ID without wild cards, or for Study
-Instance UIDs; every other question, a name or an accession number alone among
-them, is put to the local PACS only. Pure: no clock, no I/O.
+are asked only for exactly one Patient ID without wild cards, for Study Instance
+UIDs, or for an accession number that was made up for an order of theirs; every
+other question, a name or any other accession number alone among them, is put to
+the local PACS only. Pure: no clock, no I/O.
 """
 
 from __future__ import annotations
@@ -139,6 +140,7 @@ def plan(
     caller: Caller,
     available: Collection[str],
     known: Mapping[str, Sequence[Location]] | None = None,
+    accession_source: str = "",
 ) -> QueryPlan:
     """Decide which sources are asked what.
 
@@ -150,7 +152,9 @@ def plan(
         request: as :func:`validate` made it.
         caller: only its sources are asked, in its order.
         available: the sources there are.
-        known: where each study asked for was seen.
+        known: where each study asked for was seen, under the patient's ID here.
+        accession_source: the source whose order the accession number asked for stands
+            for, where this proxy made that number up.
     """
     if caller.is_source:
         return QueryPlan(local_only="caller_is_source")
@@ -165,7 +169,9 @@ def plan(
     if request.level is Level.PATIENT and not request.patient_id:
         return QueryPlan(local_only="patient_not_named")
     if not (request.patient_id or studies):
-        return QueryPlan(local_only="patient_not_named")
+        if accession_source not in visible:
+            return QueryPlan(local_only="patient_not_named")
+        visible = [accession_source]
     query = SourceQuery(request.level, source_identifier(request))
     return QueryPlan(tuple(SourceLeg(name, (query,), ("",)) for name in visible))
 

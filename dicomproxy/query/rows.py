@@ -88,6 +88,18 @@ class Answer:
         return self.status in (PENDING, PENDING_KEYS_UNSUPPORTED)
 
 
+def batch_of(answers: Iterable[Answer], most: int, most_bytes: int) -> tuple[Answer, ...]:
+    """Take up to *most* answers; the one that exceeds *most_bytes* together is the last."""
+    taken: list[Answer] = []
+    size = 0
+    for answer in answers:
+        taken.append(answer)
+        size += len(answer.data)
+        if len(taken) >= most or size >= most_bytes:
+            break
+    return tuple(taken)
+
+
 @dataclass(frozen=True, slots=True)
 class Style:
     """What every row of one operation has in common.
