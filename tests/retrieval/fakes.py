@@ -56,6 +56,7 @@ from dicomproxy.retrieval.coordinator import (
     RetrieveSettings,
 )
 from dicomproxy.retrieval.flights import Flights
+from dicomproxy.retrieval.persons import Identification
 from dicomproxy.retrieval.selection import selection_of
 from tests import sentinel
 
@@ -67,12 +68,16 @@ OLD = "20200102"
 
 @dataclass
 class Study:
-    """A study as an archive holds it: series to SOP Instance UIDs."""
+    """A study as an archive holds it: series to SOP Instance UIDs.
+
+    ``values`` are in its row and in the header of each instance.
+    """
 
     uid: str = STUDY
     patient_id: str = sentinel.PATIENT_ID
     study_date: str = OLD
     series: dict[str, list[str]] = field(default_factory=dict)
+    values: dict[int, str] = field(default_factory=dict)
 
     @property
     def instances(self) -> list[str]:
@@ -88,9 +93,18 @@ def study(*sizes: int, uid: str = STUDY, **more: str) -> Study:
     return Study(uid=uid, series=series, **more)
 
 
-def encoded(study_uid: str, series: str, uid: str, patient_id: str, filler: str = "") -> bytes:
+def encoded(
+    study_uid: str,
+    series: str,
+    uid: str,
+    patient_id: str,
+    filler: str = "",
+    values: Mapping[int, str] | None = None,
+) -> bytes:
     """Return the data set of a tiny instance."""
     dataset = Identifier()
+    for tag, text in (values or {}).items():
+        dataset.set_text(tag, text)
     dataset.set_text(0x00080016, CT)
     dataset.set_text(SOP_INSTANCE_UID, uid)
     dataset.set_text(PATIENT_ID, patient_id)
@@ -121,6 +135,7 @@ class Archive:
         self.withheld: set[str] = set()
         self.stall_after: list[int] = []
         self.headers: dict[str, dict[str, str]] = {}
+        self.values: dict[str, dict[int, str]] = {}
         self.filler = ""
         self.refused_levels: set[Level] = set()
         self.statuses: list[int] = []
@@ -158,6 +173,8 @@ class Archive:
                 row.set_text(STUDY_INSTANCE_UID, held.uid)
                 row.set_text(PATIENT_ID, held.patient_id)
                 row.set_text(0x00080020, held.study_date)
+                for tag, text in held.values.items():
+                    row.set_text(tag, text)
                 yield row
                 continue
             for series, uids in list(held.series.items()):
@@ -221,7 +238,8 @@ class Archive:
         """C-STORE one instance to the proxy; its status."""
         self.sent[uid] += 1
         header = {"study": held.uid, "patient": held.patient_id, **self.headers.get(uid, {})}
-        data = encoded(header["study"], series, uid, header["patient"], self.filler)
+        values = {**held.values, **self.values.get(uid, {})}
+        data = encoded(header["study"], series, uid, header["patient"], self.filler, values)
         arrival = self.arrivals.receive(self.name, CT, uid, EXPLICIT_VR_LITTLE_ENDIAN)
         half = len(data) // 2
         view = memoryview(data)
@@ -449,6 +467,7 @@ class Workstation:
 
     def __init__(self) -> None:
         self.received: list[str] = []
+        self.data: dict[str, bytes] = {}
         self.opened = 0
         self.closed = 0
         self.gate: asyncio.Event | None = None
@@ -474,6 +493,7 @@ class Workstation:
             await self.gate.wait()
         data = bytearray(reader.size)
         await reader.read_into([memoryview(data)], 0)
+        self.data[instance.sop_instance_uid] = bytes(data)
         fate = self.fates.get(instance.sop_instance_uid, Delivered.COMPLETED)
         if isinstance(fate, Exception):
             raise fate
@@ -590,6 +610,7 @@ class World:
         pause: float = 30.0,
         finish_abandoned: bool = False,
         store: InstanceStore | None = None,
+        identity: Identification | None = None,
     ) -> None:
         self.store = Store()
         used = store or self.store
@@ -614,6 +635,7 @@ class World:
             self.local,
             self.local_pacs,
             relay,
+            identity,
         )
 
     def know(self, *archives: Archive) -> None:

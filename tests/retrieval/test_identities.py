@@ -1,0 +1,371 @@
+"""Retrieves from archives that know the patient by other IDs: only the right person, made local."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from dicomproxy.dataset.header import EXPLICIT_VR_LITTLE_ENDIAN
+from dicomproxy.dataset.identifier import Identifier
+from dicomproxy.dataset.levels import Level, Root
+from dicomproxy.identity.safety import Demographics, Unverified
+from dicomproxy.ports import CrossReferenceError, Failure
+from dicomproxy.retrieval.coordinator import RetrieveOutcome, RetrieveRequest
+from tests import sentinel
+from tests.identity.providers import local, north
+from tests.retrieval.fakes import (
+    STUDY,
+    Archive,
+    Workstation,
+    World,
+    encoded,
+    study,
+    study_request,
+)
+from tests.retrieval.identification import Site
+from tests.support.log_watch import LogWatch
+
+NAME, ID, ISSUER = 0x00100010, 0x00100020, 0x00100021
+BIRTH_DATE, SEX, OTHER_IDS = 0x00100030, 0x00100040, 0x00101002
+ACCESSION, ORIGINALS, MODIFIED = 0x00080050, 0x04000561, 0x04000550
+FOREIGN = {NAME: "Sentinel^P", BIRTH_DATE: sentinel.PATIENT_BIRTH_DATE, SEX: "F", ACCESSION: "N77"}
+
+Make = Callable[..., World]
+
+
+@pytest.fixture
+async def make() -> AsyncIterator[Make]:
+    made: list[World] = []
+
+    def one(*sources: Archive, identity: Site | None, **more: object) -> World:
+        made.append(World(*sources, identity=identity, **more))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield one
+    for world in made:
+        await world.close()
+
+
+def held(name: str, patient_id: str, *sizes: int, **values: str) -> Archive:
+    one = study(*(sizes or (2,)), patient_id=patient_id)
+    one.values = dict(FOREIGN)
+    return Archive(name, one)
+
+
+async def run(
+    world: World, workstation: Workstation, request: RetrieveRequest | None = None
+) -> RetrieveOutcome:
+    async with asyncio.timeout(30):
+        return await world.operation(workstation, request).run()
+
+
+def decoded(workstation: Workstation) -> list[Identifier]:
+    return [
+        Identifier.decode(data, EXPLICIT_VR_LITTLE_ENDIAN) for data in workstation.data.values()
+    ]
+
+
+def assert_local(workstation: Workstation, foreign: set[str]) -> None:
+    """Every object names the local patient, and holds who it was elsewhere."""
+    originals = set()
+    for one in decoded(workstation):
+        assert (one.text(ID), one.text(ISSUER)) == (sentinel.PATIENT_ID, "HOSPITAL")
+        assert one.text(NAME) == sentinel.PATIENT_NAME
+        assert one.text(BIRTH_DATE) == sentinel.PATIENT_BIRTH_DATE
+        assert one.text(ACCESSION) == "X77N"
+        assert one.text(0x00204000) == "image", "what nobody changes stays"
+        (record,) = one.items(ORIGINALS)
+        (modified,) = record.items(MODIFIED)
+        assert (modified.text(NAME), modified.text(ACCESSION)) == ("Sentinel^P", "N77")
+        originals.add(modified.text(ID))
+        assert modified.text(ID) in {other.text(ID) for other in one.items(OTHER_IDS)}
+    assert originals == foreign
+
+
+async def test_objects_arrive_as_those_of_the_local_patient(make: Make) -> None:
+    """Patient and accession number are local ones; what came is recorded, and cached as it was."""
+    archive = held("north", "N1")
+    site = Site()
+    world = make(archive, identity=site)
+    workstation = Workstation()
+    assert await run(world, workstation) == RetrieveOutcome(0x0000, completed=2)
+    assert_local(workstation, {"N1"})
+    cached = world.store.studies[STUDY]
+    uid = f"{STUDY}.1.1"
+    assert cached.data[uid] == encoded(STUDY, f"{STUDY}.1", uid, "N1", values=FOREIGN)
+    assert site.numbers == [("north", "N77")], "asked for once"
+    assert {location.patient_id for location in await world.memory.find(STUDY)} == {"N1"}
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_holders_under_different_ids_of_one_person_serve_one_study(
+    make: Make, known: bool
+) -> None:
+    """What the first has lost comes from the second, which numbers its patients otherwise."""
+    one, other = held("north", "N1", 3), held("south", "S1", 3)
+    one.withheld = {f"{STUDY}.1.3"}
+    world = make(one, other, identity=Site())
+    if known:
+        world.know(one, other)
+    workstation = Workstation()
+    outcome = await run(world, workstation)
+    assert (outcome.completed, outcome.failed) == (3, 0)
+    assert other.sent[f"{STUDY}.1.3"] == 1
+    assert_local(workstation, {"N1", "S1"})
+
+
+async def test_same_study_of_two_persons_is_served_from_the_first_one_only(
+    make: Make, log_watch: LogWatch
+) -> None:
+    """An archive that has the study under another person is not asked for it."""
+    one, other = held("north", "N1", 1), held("south", "S9", 2)
+    world = make(one, other, identity=Site())
+    workstation = Workstation()
+    assert await run(world, workstation) == RetrieveOutcome(0x0000, completed=1)
+    assert not other.sent
+    (entry,) = log_watch.named("identity_conflict")
+    assert (entry["source"], entry["reason"]) == ("south", "holders_disagree")
+
+
+async def test_local_id_that_is_somebody_elses_in_the_north(
+    make: Make, log_watch: LogWatch
+) -> None:
+    """A study filed there under the very same ID is another person's."""
+    archive = held("north", sentinel.PATIENT_ID)
+    world = make(archive, identity=Site())
+    workstation = Workstation()
+    request = RetrieveRequest(Root.PATIENT, Level.STUDY, sentinel.PATIENT_ID, (STUDY,))
+    outcome = await run(world, workstation, request)
+    assert not workstation.received
+    assert not archive.sent
+    assert outcome.completed == 0
+    assert log_watch.named("identity_conflict")
+
+
+async def test_all_of_a_patient_is_asked_for_by_the_ids_of_each_source(make: Make) -> None:
+    """At PATIENT level each archive is asked for its own ID, and nobody else's studies come."""
+    mine, theirs = study(1, patient_id="N1"), study(1, uid="1.2.4", patient_id=sentinel.PATIENT_ID)
+    mine.values = dict(FOREIGN)
+    archive, other = Archive("north", mine, theirs), held("south", "S1", 1)
+    world = make(archive, other, identity=Site())
+    workstation = Workstation()
+    request = RetrieveRequest(Root.PATIENT, Level.PATIENT, sentinel.PATIENT_ID)
+    assert (await run(world, workstation, request)).completed == 1
+    assert workstation.received == [f"{STUDY}.1.1"]
+    assert_local(workstation, {"N1"})
+    assert [query.identifier.text(ID) for query in archive.queries][:1] == ["N1"]
+    assert [query.identifier.text(ID) for query in other.queries][:1] == ["S1"]
+
+
+async def test_source_that_does_not_know_the_patient_is_not_asked(make: Make) -> None:
+    """No mapping, no question: PATIENT level asks nobody who has no ID for the patient."""
+    site = Site()
+    site.reference.persons[0].discard(north("N1"))
+    archive = held("north", "N1")
+    world = make(archive, identity=site)
+    request = RetrieveRequest(Root.PATIENT, Level.PATIENT, sentinel.PATIENT_ID)
+    assert (await run(world, Workstation(), request)).completed == 0
+    assert not archive.queries
+
+
+@pytest.mark.parametrize(
+    ("patient_id", "issuer"),
+    [(sentinel.PATIENT_ID, ""), ("N404", ""), ("N1", "ELSEWHERE"), ("S9", "SOUTH")],
+)
+async def test_instance_of_somebody_else_is_not_let_in(
+    make: Make, patient_id: str, issuer: str, log_watch: LogWatch
+) -> None:
+    """Another person's, an unknown one's or another domain's ID in a header: not stored, Failed."""
+    archive = held("north", "N1")
+    uid = f"{STUDY}.1.2"
+    archive.headers[uid] = {"patient": patient_id}
+    if issuer:
+        archive.values[uid] = {ISSUER: issuer}
+    world = make(archive, identity=Site())
+    workstation = Workstation()
+    outcome = await run(world, workstation)
+    assert (outcome.completed, outcome.failed) == (1, 1)
+    assert outcome.failed_sop_instance_uids == (uid,)
+    assert uid not in workstation.data
+    assert uid not in world.store.studies[STUDY].instances
+    assert log_watch.named("identity_conflict") or log_watch.named("identity_unresolved")
+
+
+async def test_header_that_names_the_person_by_the_local_id(make: Make) -> None:
+    """An issuer in the header is believed: the local ID may stand in a foreign object."""
+    archive = held("north", "N1")
+    uid = f"{STUDY}.1.2"
+    archive.headers[uid] = {"patient": sentinel.PATIENT_ID}
+    archive.values[uid] = {ISSUER: "HOSPITAL"}
+    world = make(archive, identity=Site())
+    assert (await run(world, Workstation())).completed == 2
+
+
+@pytest.mark.parametrize("cached", [True, False])
+async def test_outage_of_the_cross_reference_is_no_answer(
+    make: Make, cached: bool, log_watch: LogWatch
+) -> None:
+    """Nobody can tell whose it is: nothing is delivered, from the cache neither, and it is said."""
+    site, archive = Site(), held("north", "N1")
+    world = make(archive, identity=site)
+    if cached:
+        assert (await run(world, Workstation())).completed == 2
+        site.identities.forget_all()
+    sent = archive.sent.copy()
+    site.reference.failure = CrossReferenceError(Failure.TIMEOUT)
+    workstation = Workstation()
+    outcome = await run(world, workstation)
+    assert (outcome.status, outcome.completed) == (0xA701, 0)
+    assert not workstation.received
+    assert archive.sent == sent
+    assert log_watch.named("source_not_identified")
+
+
+async def test_one_holder_is_enough_while_another_cannot_be_identified(make: Make) -> None:
+    """An outage for one source keeps nothing from another, and the study is whole."""
+    site = Site()
+    one, other = held("north", "N1"), held("south", "S1")
+    site.judged.pop("south")
+    other.studies[STUDY].patient_id = sentinel.PATIENT_ID
+    site.reference.failure = CrossReferenceError(Failure.UNREACHABLE)
+    world = make(one, other, identity=site)
+    workstation = Workstation()
+    assert await run(world, workstation) == RetrieveOutcome(0x0000, completed=2)
+    assert not one.sent
+    assert {one.text(NAME) for one in decoded(workstation)} == {"Sentinel^P"}, "left as it is"
+
+
+async def test_merge_between_two_retrieves(make: Make) -> None:
+    """After the foreign ID has become another person's, what is cached is not the patient's."""
+    site, archive = Site(), held("north", "N1")
+    world = make(archive, identity=site)
+    request = RetrieveRequest(Root.PATIENT, Level.STUDY, sentinel.PATIENT_ID, (STUDY,))
+    assert (await run(world, Workstation(), request)).completed == 2
+    site.reference.persons = [{local("OTHER"), north("N1")}, {local(sentinel.PATIENT_ID)}]
+    site.identities.forget(north("N1"))
+    workstation = Workstation()
+    assert (await run(world, workstation, request)).completed == 0
+    assert not workstation.received
+
+
+async def test_merge_in_the_middle_of_a_retrieve(make: Make, log_watch: LogWatch) -> None:
+    """What comes, or is to be sent, after the merge is withheld, though it was asked for before."""
+    site, archive = Site(), held("north", "N1", 4)
+    world = make(archive, identity=site)
+    workstation = Workstation()
+    workstation.gate = asyncio.Event()
+    third = asyncio.Event()
+    archive.gate = lambda uid: third if uid == f"{STUDY}.1.3" else None
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        running = group.create_task(world.operation(workstation).run())
+        await workstation.waiting.wait()
+        site.reference.persons = [{local("OTHER"), north("N1")}]
+        site.identities.forget(north("N1"))
+        third.set()
+        workstation.gate.set()
+    outcome = running.result()
+    assert (outcome.completed, outcome.failed) == (1, 3)
+    assert workstation.received == [f"{STUDY}.1.1"]
+    assert log_watch.named("identity_conflict")
+
+
+@pytest.mark.parametrize("values", [{BIRTH_DATE: "19500101"}, {SEX: "M"}])
+async def test_header_that_contradicts_the_local_patient(
+    make: Make, values: dict[int, str], log_watch: LogWatch
+) -> None:
+    """Another birth date or sex in one header: that instance is withheld, the others come."""
+    archive = held("north", "N1")
+    uid = f"{STUDY}.1.2"
+    archive.values[uid] = values
+    world = make(archive, identity=Site())
+    workstation = Workstation()
+    outcome = await run(world, workstation)
+    assert (outcome.completed, outcome.failed) == (1, 1)
+    assert uid not in workstation.data
+    (entry,) = log_watch.named("identity_conflict")
+    assert entry["reason"] == ("sex" if SEX in values else "birth_date")
+    (entry,) = log_watch.named("instance_withheld")
+    assert (entry["sop_instance_uid"], entry["reason"]) == (uid, "identity_conflict")
+
+
+async def test_listing_that_contradicts_the_local_patient(make: Make, log_watch: LogWatch) -> None:
+    """Another birth date in the archive's own answer: nothing of the study is delivered."""
+    archive = held("north", "N1")
+    archive.studies[STUDY].values[BIRTH_DATE] = "19500101"
+    world = make(archive, identity=Site())
+    workstation = Workstation()
+    assert (await run(world, workstation)).completed == 0
+    assert not workstation.received
+    assert log_watch.named("identity_conflict")
+
+
+@pytest.mark.parametrize("unverified", list(Unverified))
+async def test_nothing_to_compare_with(
+    make: Make, unverified: Unverified, log_watch: LogWatch
+) -> None:
+    """Of a patient whom the local PACS does not know, the site decides whether objects are sent."""
+    site = Site(unverified=unverified)
+    site.known.clear()
+    world = make(held("north", "N1"), identity=site)
+    workstation = Workstation()
+    outcome = await run(world, workstation)
+    if unverified is Unverified.SHOW:
+        assert outcome.completed == 2
+        assert {one.text(NAME) for one in decoded(workstation)} == {"Sentinel^P"}
+        assert {one.text(ID) for one in decoded(workstation)} == {sentinel.PATIENT_ID}
+    else:
+        assert (outcome.completed, outcome.failed) == (0, 2)
+        assert log_watch.named("identity_unverified")
+
+
+async def test_name_that_is_spelt_otherwise_is_told_once(make: Make, log_watch: LogWatch) -> None:
+    """A name blocks nothing; that it differs is said once for a study."""
+    archive = held("north", "N1", 3)
+    archive.studies[STUDY].values[NAME] = "Other^Name"
+    world = make(archive, identity=Site())
+    assert (await run(world, Workstation())).completed == 3
+    assert len(log_watch.named("identity_name_differs")) == 1
+
+
+async def test_source_without_settings_is_delivered_byte_for_byte(make: Make) -> None:
+    """What nothing was decided about arrives as it was sent."""
+    archive = held("west", sentinel.PATIENT_ID)
+    world = make(archive, identity=Site())
+    workstation = Workstation()
+    assert (await run(world, workstation, study_request())).completed == 2
+    assert workstation.data == world.store.studies[STUDY].data
+
+
+async def test_header_without_a_patient(make: Make) -> None:
+    """An instance that names nobody is its study's patient's, as the archive lists it."""
+    archive = held("north", "N1")
+    archive.headers[f"{STUDY}.1.2"] = {"patient": ""}
+    world = make(archive, identity=Site())
+    workstation = Workstation()
+    assert (await run(world, workstation)).completed == 2
+    assert {one.text(ID) for one in decoded(workstation)} == {sentinel.PATIENT_ID}
+
+
+async def test_study_whose_patient_nobody_names(make: Make) -> None:
+    """Without an ID in listing and header there is nobody to make it local for."""
+    archive = held("north", "")
+    world = make(archive, identity=Site())
+    workstation = Workstation()
+    outcome = await run(world, workstation)
+    assert (outcome.completed, outcome.failed) == (0, 2)
+    assert not workstation.received
+
+
+async def test_value_that_cannot_be_written_fails_that_instance(
+    make: Make, log_watch: LogWatch
+) -> None:
+    """A local name that fits no character set is no reason to deliver the foreign one."""
+    site = Site()
+    site.known[sentinel.PATIENT_ID] = Demographics("\ud800", sentinel.PATIENT_BIRTH_DATE, "F")
+    world = make(held("north", "N1"), identity=site)
+    workstation = Workstation()
+    outcome = await run(world, workstation)
+    assert (outcome.completed, outcome.failed) == (0, 2)
+    assert {entry["reason"] for entry in log_watch.named("instance_withheld")} == {"cannot_encode"}
