@@ -28,6 +28,9 @@ class Waiting:
         self._ended = False
         self._stopped = False
 
+    def __len__(self) -> int:
+        return len(self._rows)
+
     async def put(self, row: Identifier, study: str) -> bool:
         """Add a row; whether more are wanted."""
         while len(self._rows) >= _MOST and not self._stopped:
