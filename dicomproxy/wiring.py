@@ -293,6 +293,7 @@ class Routing:
             local_source=local_source,
             local=self.local,
             relay_local=settings.local.deliver == "relay",
+            identity=self.identity,
         )
         accept = {entry.name: entry.accept for entry in settings.sources}
         accept[LOCAL] = settings.local.accept
