@@ -296,18 +296,27 @@ class Locator:
         self, uid: str, patient_id: str, holders: Collection[_Named], unreachable: set[str]
     ) -> LocatedStudy | None:
         """Keep the holders that agree on the patient; None if there is none."""
-        named: list[tuple[_Named, str]] = []
-        for holder in holders:
+        local_ids: dict[int, str] = {}
+
+        async def identify(number: int, holder: _Named) -> None:
             try:
-                named.append((holder, await self._local_id(holder)))
+                local_ids[number] = await self._local_id(holder)
             except CrossReferenceError as error:
                 self._not_identified(holder.source, error, uid)
                 unreachable.add(holder.source.name)
             except IdentityUnresolved as unresolved:
                 report_unresolved(holder.source.name, unresolved, study_instance_uid=uid)
-        agreed = patient_id or next((local for _, local in named if local), "")
+
+        # Together, since each answer may take as long as its deadline.
+        async with asyncio.TaskGroup() as group:
+            for number, holder in enumerate(holders):
+                group.create_task(identify(number, holder), name="identify")
+        agreed = patient_id or next((one for _, one in sorted(local_ids.items()) if one), "")
         kept: dict[str, Holder] = {}
-        for holder, local in named:
+        for number, holder in enumerate(holders):
+            local = local_ids.get(number)
+            if local is None:
+                continue
             source = holder.source
             if agreed and local and local != agreed:
                 _log.warning(
