@@ -45,7 +45,7 @@ def configuration(
     sources: Mapping[str, tuple[str, str, int]],
     workstations: Iterable[Node | Mapping[str, Any]] = (),
     port: int = 0,
-    **more: Mapping[str, Any],
+    **more: Any,
 ) -> dict[str, Any]:
     """Return a configuration as it stands in the file.
 
@@ -54,7 +54,7 @@ def configuration(
     Args:
         pacs: the local one.
         sources: nodes by name.
-        more: by section, keys that are added; a source's by its name.
+        more: by section, keys that are added; a source's by its name; a list as it is.
     """
     patient = {"connect_timeout": PATIENCE, "query_timeout": PATIENCE}
     entries = [
@@ -91,7 +91,7 @@ def configuration(
         "web": {"host": "127.0.0.1", "port": free_port()},
     }
     for section, keys in more.items():
-        made[section] = {**made.get(section, {}), **keys}
+        made[section] = {**made.get(section, {}), **keys} if isinstance(keys, Mapping) else keys
     return made
 
 

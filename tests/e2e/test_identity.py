@@ -1,0 +1,237 @@
+"""One person under three IDs, among others who look like them: only theirs, and made local."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydicom import Dataset
+
+from tests.e2e.conftest import MakeProxy
+from tests.e2e.scene import Setup, figures, setup, the_study
+from tests.e2e.support import identifier
+from tests.peers.archive import Archive
+from tests.peers.pix_manager import Reply, pix_manager
+from tests.peers.workstation import Result
+from tests.sentinel import ACCESSION_NUMBER, PATIENT_BIRTH_DATE, PATIENT_ID, PATIENT_NAME
+from tests.support.datasets import study
+
+HOSPITAL, NORTH, SOUTH = ("HOSPITAL", "1.2.1"), ("NORTH", "1.2.2"), ("SOUTH", "1.2.3")
+NORTH_ID, SOUTH_ID = "N-0815", "S/22"
+NAMESAKE = "N-4"  # has the same name, and is somebody else
+# A third person's ID in the north is the first one's here.
+TABLE = f"local,north,south\n{PATIENT_ID},{NORTH_ID},{SOUTH_ID}\n17,{PATIENT_ID},\n18,{NAMESAKE},\n"
+PERSONS = [
+    [(PATIENT_ID, *HOSPITAL), (NORTH_ID, *NORTH), (SOUTH_ID, *SOUTH)],
+    [("17", *HOSPITAL), (PATIENT_ID, *NORTH)],
+    [("18", *HOSPITAL), (NAMESAKE, *NORTH)],
+]
+
+
+class Listing(Archive):
+    """An archive that knows accession numbers; ``careless``, it ignores who is asked for."""
+
+    careless = False
+
+    def matching(self, identifier: Dataset) -> list[Dataset]:
+        if self.careless and not identifier.get("StudyInstanceUID"):
+            with self.lock:
+                found = list(self.instances)
+        else:
+            found = super().matching(identifier)
+        wanted = identifier.get("AccessionNumber")
+        return [one for one in found if not wanted or one.AccessionNumber == wanted]
+
+
+def domain(of: tuple[str, str]) -> dict[str, str]:
+    return {"namespace": of[0], "universal_id": of[1]}
+
+
+def ct(patient: str, **more: Any) -> list[Dataset]:
+    return study(1, 2, PatientID=patient, PatientSex="F", **more)
+
+
+class Held:
+    """What the archives hold."""
+
+    def __init__(self) -> None:
+        self.here = ct(PATIENT_ID)
+        self.north = ct(NORTH_ID, PatientName="Patient^Sentinel^^Dr.", SpecificCharacterSet="")
+        self.south = ct(SOUTH_ID, PatientName="SENTINEL^PATIËNT")
+        self.third = ct(PATIENT_ID, PatientBirthDate="19800101", AccessionNumber="3")
+        self.namesake = ct(NAMESAKE, AccessionNumber="4")
+
+    @property
+    def mine(self) -> set[str]:
+        return {str(one[0].StudyInstanceUID) for one in (self.here, self.north, self.south)}
+
+
+@asynccontextmanager
+async def scene(
+    start: MakeProxy, held: Held, reference: dict[str, Any], **north: Any
+) -> AsyncIterator[Setup]:
+    """Run the region, with a cross-reference between its three domains."""
+    asked = reference["name"]
+    async with setup(
+        start,
+        [*held.north, *held.third, *held.namesake],
+        held.south,
+        here=held.here,
+        kind=Listing,
+        local={"patient_id_issuer": domain(HOSPITAL)},
+        north={"patient_id_issuer": domain(NORTH), "identity": {"cross_reference": asked}, **north},
+        south={"patient_id_issuer": domain(SOUTH), "identity": {"cross_reference": asked}},
+        cross_references=[reference],
+    ) as made:
+        yield made
+
+
+def table(directory: Path, text: str = TABLE) -> dict[str, Any]:
+    file = directory / "ids.csv"
+    fresh = directory / "ids.new"
+    fresh.write_text(text)
+    fresh.replace(file)
+    return {"name": "regional", "type": "table", "file": str(file)}
+
+
+async def loaded(it: Setup, count: int = 1) -> None:
+    await it.proxy.until(
+        lambda: len(it.proxy.named("cross_reference_table_loaded")) >= count, "loaded"
+    )
+
+
+async def mine(it: Setup, **keys: Any) -> Result:
+    given: dict[str, Any] = {
+        "PatientID": PATIENT_ID,
+        "IssuerOfPatientID": "",
+        "PatientName": "",
+        "PatientBirthDate": "",
+        "PatientSex": "",
+        "AccessionNumber": "",
+        "StudyInstanceUID": "",
+    }
+    return await it.reading.find(identifier("STUDY", **(given | keys)))
+
+
+def studies(result: Result) -> set[str]:
+    return {str(row.StudyInstanceUID) for row in result.rows}
+
+
+@pytest.mark.parametrize("careless", [False, True], ids=["exact", "careless"])
+async def test_only_the_persons_studies_are_found_and_all_look_local(
+    start: MakeProxy, tmp_path: Path, careless: bool
+) -> None:
+    """By the local ID, from three archives, whoever else they hold and show."""
+    held = Held()
+    async with scene(start, held, table(tmp_path)) as it:
+        await loaded(it)
+        it.archives[0].careless = careless  # type: ignore[attr-defined]
+        result = await mine(it)
+        assert result.final.status == 0x0000
+        assert studies(result) == held.mine
+        for row in result.rows:
+            assert row.PatientID == PATIENT_ID
+            assert row.PatientName == PATIENT_NAME
+            assert row.PatientBirthDate == PATIENT_BIRTH_DATE
+            assert row.PatientSex == "F"
+        remote = [row for row in result.rows if row.AccessionNumber != ACCESSION_NUMBER]
+        assert len({row.AccessionNumber for row in remote}) == 2
+        assert {row.IssuerOfPatientID for row in remote} == {"HOSPITAL"}
+        # Of the patient a source hears its own ID, and nothing else.
+        asked = it.archives[0].asked("find")[0].identifier
+        assert asked.PatientID == NORTH_ID
+        assert not asked.PatientName
+        # One that an answer showed leads back to its study, alone.
+        again = await mine(it, PatientID="", AccessionNumber=remote[0].AccessionNumber)
+        here = {str(held.here[0].StudyInstanceUID)}  # whose archive knows no such key
+        assert studies(again) - here == {remote[0].StudyInstanceUID}
+
+
+async def test_what_is_delivered_is_the_local_patients(start: MakeProxy, tmp_path: Path) -> None:
+    """Same values as in the answers, the pixels as they were, the originals on record."""
+    held = Held()
+    async with scene(start, held, table(tmp_path)) as it:
+        await loaded(it)
+        rows = {str(row.StudyInstanceUID): row for row in (await mine(it)).rows}
+        for original in (held.north, held.south):
+            result = await it.reading.move(the_study(original))
+            assert figures(result.final) == (0x0000, 2, 0, 0)
+            row = rows[str(original[0].StudyInstanceUID)]
+            arrived = {one.sop_instance_uid: one.dataset() for one in it.reading.received}
+            for one in original:
+                got = arrived[str(one.SOPInstanceUID)]
+                for keyword in ("PatientID", "PatientName", "PatientBirthDate", "AccessionNumber"):
+                    assert got[keyword].value == row[keyword].value
+                assert got.PixelData == one.PixelData
+                (record,) = got.OriginalAttributesSequence
+                (before,) = record.ModifiedAttributesSequence
+                assert before.PatientID == one.PatientID
+                assert before.AccessionNumber == ACCESSION_NUMBER
+
+
+async def test_others_studies_are_not_delivered_as_the_persons(
+    start: MakeProxy, tmp_path: Path
+) -> None:
+    """Asked for with the local ID, the study of somebody whose ID there is the same stays there."""
+    held = Held()
+    async with scene(start, held, table(tmp_path)) as it:
+        await loaded(it)
+        wanted = the_study(held.third)
+        wanted.PatientID = PATIENT_ID
+        result = await it.reading.move(wanted, root="P")
+        assert not result.final.completed
+        assert it.reading.received == []
+        # They have an ID of their own here, under which it is delivered.
+        assert figures((await it.reading.move(the_study(held.third))).final) == (0x0000, 2, 0, 0)
+        assert {one.dataset().PatientID for one in it.reading.received} == {"17"}
+
+
+async def test_a_table_that_changes_counts_for_the_next_query(
+    start: MakeProxy, tmp_path: Path
+) -> None:
+    """Whom the table no longer links is not found there any more."""
+    held = Held()
+    async with scene(start, held, table(tmp_path)) as it:
+        await loaded(it)
+        assert studies(await mine(it)) == held.mine
+        await asyncio.to_thread(table, tmp_path, f"local,north,south\n{PATIENT_ID},,{SOUTH_ID}\n")
+        await loaded(it, 2)
+        result = await mine(it)
+        assert studies(result) == held.mine - {str(held.north[0].StudyInstanceUID)}
+        assert it.proxy.named("source_query_failed") == []
+
+
+async def test_a_manager_is_asked_and_its_outage_is_the_sources(
+    start: MakeProxy, tmp_path: Path
+) -> None:
+    """By PIX: found as by a table; an error is no empty answer, and is not remembered as one."""
+    held = Held()
+    async with pix_manager(*PERSONS) as manager:
+        reference = {"name": "mpi", "type": "pix", "host": "127.0.0.1", "port": manager.port}
+        async with scene(start, held, reference) as it:
+            manager.decide = lambda _question: Reply("AE", "AE")
+            result = await mine(it)
+            assert result.final.status == 0x0000
+            assert studies(result) == {str(held.here[0].StudyInstanceUID)}
+            failed = {line["source"] for line in it.proxy.named("source_query_failed")}
+            assert failed == {"north", "south"}
+            assert [one.asked("find") for one in it.archives] == [[], []]
+            manager.decide = manager.honest
+            assert studies(await mine(it)) == held.mine
+
+
+async def test_a_contradiction_is_withheld(start: MakeProxy, tmp_path: Path) -> None:
+    """The cross-reference is wrong: who it leads to was born on another day."""
+    held = Held()
+    wrong = f"local,north,south\n{PATIENT_ID},{PATIENT_ID},{SOUTH_ID}\n"
+    async with scene(start, held, table(tmp_path, wrong)) as it:
+        await loaded(it)
+        result = await mine(it)
+        assert studies(result) == held.mine - {str(held.north[0].StudyInstanceUID)}
+        (line,) = it.proxy.named("identity_conflict")
+        assert (line["source"], line["reason"]) == ("north", "birth_date")
+        assert line["study_instance_uid"] == held.third[0].StudyInstanceUID
