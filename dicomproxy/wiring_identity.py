@@ -81,10 +81,20 @@ def read_secrets(settings: Settings) -> dict[str, Secrets]:
         UnicodeDecodeError: a token is no text.
     """
     return {
-        entry.name: Secrets(_tls(entry), _authorization(entry.authorization_file))
+        entry.name: read_secrets_of(entry)
         for entry in settings.cross_references
         if entry.type != "table"
     }
+
+
+def read_secrets_of(entry: CrossReferenceEntry) -> Secrets:
+    """As :func:`read_secrets`, for one cross-reference."""
+    return Secrets(_tls(entry), _authorization(entry.authorization_file))
+
+
+def manager(entry: CrossReferenceEntry, secrets: Secrets) -> PixCrossReference | PixmCrossReference:
+    """Make the one who asks a manager."""
+    return _pix(entry, secrets) if entry.type == "pix" else _pixm(entry, secrets)
 
 
 def _tls(entry: CrossReferenceEntry) -> ssl.SSLContext | None:
@@ -129,10 +139,8 @@ class Identity:
             made: TableCrossReference | PixCrossReference | PixmCrossReference
             if entry.type == "table":
                 made = self._table(settings, entry, known_domains)
-            elif entry.type == "pix":
-                made = _pix(entry, secrets[entry.name])
             else:
-                made = _pixm(entry, secrets[entry.name])
+                made = manager(entry, secrets[entry.name])
             parts.append(made)
             providers[entry.name] = Provider(entry.name, made)
         self.identities = Identities(
@@ -191,12 +199,8 @@ class Identity:
         await self.service.close()
 
 
-def _chain(
-    providers: dict[str, Provider], names: Sequence[str] | str | None
-) -> tuple[Provider, ...]:
-    if names is None:
-        return (providers[_SAME],)
-    return tuple(providers[name] for name in ((names,) if isinstance(names, str) else names))
+def _chain(providers: dict[str, Provider], names: Sequence[str] | None) -> tuple[Provider, ...]:
+    return tuple(providers[name] for name in names or (_SAME,))
 
 
 def _pix(entry: CrossReferenceEntry, secrets: Secrets) -> PixCrossReference:

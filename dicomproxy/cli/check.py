@@ -40,9 +40,25 @@ def _summary(settings: Settings) -> Iterator[tuple[str, str]]:
         for entry in settings.sources
     )
     yield "sources", ", ".join(sources) or "none"
+    if settings.local.patient_id_issuer.is_named:
+        yield "patient IDs", ", ".join(_domains(settings))
+    if settings.cross_references:
+        yield (
+            "references",
+            ", ".join(f"{entry.name} ({entry.type})" for entry in settings.cross_references),
+        )
     yield "cache", f"{_size(cache.max_size)} in {cache.directory}"
     yield "audit", str(settings.audit_file)
     yield "web", _address(settings.web.host, settings.web.port)
+
+
+def _domains(settings: Settings) -> Iterator[str]:
+    """Yield whose IDs are valid where."""
+    named = [("local", settings.local.patient_id_issuer)]
+    named += [(entry.name, entry.patient_id_issuer) for entry in settings.sources]
+    for name, issuer in named:
+        if issuer.is_named:
+            yield f"{name} {issuer.namespace or issuer.universal_id}"
 
 
 def _address(host: str, port: int) -> str:

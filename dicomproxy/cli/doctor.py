@@ -19,6 +19,7 @@ from typing import Final
 
 from dicomproxy import logs
 from dicomproxy.app import run_on_loop
+from dicomproxy.cli.doctor_identity import StepFailed, try_cross_references
 from dicomproxy.config import Settings
 from dicomproxy.config.model import LocalSection, SourceEntry
 from dicomproxy.dataset.identifier import Identifier
@@ -76,8 +77,7 @@ def run(settings: Settings) -> int:
     return run_on_loop(lambda: _Doctor(settings).run())
 
 
-class _Failed(Exception):
-    """A step failed; the text says how, for the person who reads it."""
+_Failed = StepFailed
 
 
 @dataclass(slots=True)
@@ -109,6 +109,7 @@ class _Doctor:
                     await self._archive(
                         source_archive_settings(self._settings, entry), entry, retrieves=True
                     )
+                await try_cross_references(self._settings, self._step)
                 for workstation in self._settings.workstations:
                     if workstation.host is None or workstation.port is None:
                         continue
