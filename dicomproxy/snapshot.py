@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from dicomproxy import __version__
+from dicomproxy.identity.reports import recently_withheld
 from dicomproxy.services.operations import Operation, Operations
 from dicomproxy.sources.archive import Archive
 from dicomproxy.web import (
@@ -65,7 +66,7 @@ def snapshot(application: Application) -> StatusSnapshot:
 
 
 def _failures(operations: Operations, archives: Sequence[Archive]) -> tuple[FailureStatus, ...]:
-    """Return what failed lately, operations and exchanges with archives, the latest first."""
+    """Return what failed or was withheld lately, the latest first."""
     failures = [
         FailureStatus(failure.at, failure.event, failure.detail)
         for failure in operations.recent_failures
@@ -74,6 +75,10 @@ def _failures(operations: Operations, archives: Sequence[Archive]) -> tuple[Fail
         FailureStatus(at, f"{archive.settings.name} {operation}", failure)
         for archive in archives
         for at, operation, failure in archive.recent_failures
+    )
+    failures.extend(
+        FailureStatus(one.at, f"{one.source} {one.event}", one.reason)
+        for one in recently_withheld()
     )
     return tuple(sorted(failures, key=lambda failure: -failure.at)[:_MOST_FAILURES])
 

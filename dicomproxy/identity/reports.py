@@ -1,10 +1,14 @@
 """What is said of an answer or an instance that is kept from a workstation, or looks odd.
 
-Log and metric, never a value. Whoever withholds something says so here, so that
+Log, metric and status page, never a value. Whoever withholds something says so here, so that
 it reads the same wherever it is found out.
 """
 
 from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Final, NamedTuple
 
 from prometheus_client import Counter
 
@@ -26,6 +30,28 @@ _NAMES = Counter(
 )
 
 
+class Withheld(NamedTuple):
+    """Something that was withheld; *at* in seconds since 1970, the rest words."""
+
+    at: float
+    source: str
+    event: str
+    reason: str
+
+
+_MOST_RECENT: Final = 20
+_recent: deque[Withheld] = deque(maxlen=_MOST_RECENT)
+
+
+def recently_withheld() -> tuple[Withheld, ...]:
+    """Return what was withheld lately because of a contradiction or an ID, the latest last."""
+    return tuple(_recent)
+
+
+def _remember(source: str, event: str, reason: str) -> None:
+    _recent.append(Withheld(time.time(), source, event, reason))
+
+
 def report(
     source: str, comparison: Comparison, *, shown: bool, study_instance_uid: str = ""
 ) -> None:
@@ -36,6 +62,7 @@ def report(
         _WITHHELD.labels(source, reason).inc()
         fields = {"source": source, "reason": reason, "study_instance_uid": study_instance_uid}
         if conflict:
+            _remember(source, "identity_conflict", reason)
             _log.warning("identity_conflict", **fields)
         else:
             _log.info("identity_unverified", **fields)
@@ -49,6 +76,7 @@ def report_unresolved(
 ) -> None:
     """Say that what a source has is withheld, since its ID leads to no one local ID."""
     _WITHHELD.labels(source, unresolved.reason).inc()
+    _remember(source, "identity_unresolved", unresolved.reason)
     _log.warning(
         "identity_unresolved",
         source=source,

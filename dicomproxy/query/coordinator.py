@@ -501,9 +501,8 @@ class QueryCoordinator:
         leg.verdicts[local.verdict] = leg.verdicts.get(local.verdict, 0) + 1
         query.summary.withheld += 1
         WITHHELD.labels(leg.source).inc()
-        if study := row.text(STUDY_INSTANCE_UID) or study:
-            # Where it was seen before, it was seen as somebody else's.
-            self._locations.forget(study, leg.source)
+        if local.verdict is Verdict.CONFLICT:
+            self._locations.forget(row.text(STUDY_INSTANCE_UID) or study, leg.source)
         return local.verdict
 
     def _take_remote(

@@ -235,3 +235,7 @@ async def test_a_contradiction_is_withheld(start: MakeProxy, tmp_path: Path) -> 
         (line,) = it.proxy.named("identity_conflict")
         assert (line["source"], line["reason"]) == ("north", "birth_date")
         assert line["study_instance_uid"] == held.third[0].StudyInstanceUID
+        _, page = await asyncio.to_thread(it.proxy.http, "/")
+        assert "north identity_conflict" in page
+        withheld = "dicomproxy_identity_withheld_total"
+        assert await it.proxy.metric(withheld, source="north", reason="birth_date") == 1
