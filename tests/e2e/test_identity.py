@@ -15,7 +15,9 @@ from tests.e2e.conftest import MakeProxy
 from tests.e2e.scene import Setup, figures, setup, the_study
 from tests.e2e.support import identifier
 from tests.peers.archive import Archive
+from tests.peers.mllp_server import Caller
 from tests.peers.pix_manager import Reply, pix_manager
+from tests.peers.pixm_manager import Question, pixm_manager, response
 from tests.peers.workstation import Result
 from tests.sentinel import ACCESSION_NUMBER, PATIENT_BIRTH_DATE, PATIENT_ID, PATIENT_NAME
 from tests.support.datasets import study
@@ -205,23 +207,68 @@ async def test_a_table_that_changes_counts_for_the_next_query(
         assert it.proxy.named("source_query_failed") == []
 
 
-async def test_a_manager_is_asked_and_its_outage_is_the_sources(
-    start: MakeProxy, tmp_path: Path
-) -> None:
+async def test_a_manager_is_asked_and_its_outage_is_the_sources(start: MakeProxy) -> None:
     """By PIX: found as by a table; an error is no empty answer, and is not remembered as one."""
     held = Held()
     async with pix_manager(*PERSONS) as manager:
         reference = {"name": "mpi", "type": "pix", "host": "127.0.0.1", "port": manager.port}
         async with scene(start, held, reference) as it:
             manager.decide = lambda _question: Reply("AE", "AE")
-            result = await mine(it)
-            assert result.final.status == 0x0000
-            assert studies(result) == {str(held.here[0].StudyInstanceUID)}
-            failed = {line["source"] for line in it.proxy.named("source_query_failed")}
-            assert failed == {"north", "south"}
-            assert [one.asked("find") for one in it.archives] == [[], []]
+            await nothing_but_local(it, held)
             manager.decide = manager.honest
             assert studies(await mine(it)) == held.mine
+
+
+async def test_a_manager_that_is_late_costs_its_sources_alone(start: MakeProxy) -> None:
+    """Local rows come, and when it is back, so do the others'."""
+    held = Held()
+    back = asyncio.Event()
+
+    async def be_late(_caller: Caller, _content: bytes) -> None:
+        await back.wait()
+
+    async with pix_manager(*PERSONS) as manager:
+        reference = {
+            "name": "mpi",
+            "type": "pix",
+            "host": "127.0.0.1",
+            "port": manager.port,
+            "timeout": "500ms",
+        }
+        async with scene(start, held, reference) as it:
+            manager.behave = be_late
+            await nothing_but_local(it, held)
+            manager.behave = None
+            back.set()
+            assert studies(await mine(it)) == held.mine
+
+
+async def test_pixm_finds_the_same(start: MakeProxy) -> None:
+    """By ITI-83, where domains are OIDs; what it answers with an error is an outage, too."""
+    held = Held()
+
+    async def fail(_question: Question, writer: asyncio.StreamWriter) -> None:
+        writer.write(response(500))
+
+    persons = [[(f"urn:oid:{oid}", value) for value, _, oid in person] for person in PERSONS]
+    async with pixm_manager(*persons) as manager:
+        url = f"http://127.0.0.1:{manager.port}/fhir"
+        reference = {"name": "mpi", "type": "pixm", "url": url}
+        async with scene(start, held, reference) as it:
+            manager.behave = fail
+            await nothing_but_local(it, held)
+            manager.behave = None
+            assert studies(await mine(it)) == held.mine
+
+
+async def nothing_but_local(it: Setup, held: Held) -> None:
+    """Query, and see both sources fail without having been asked."""
+    result = await mine(it)
+    assert result.final.status == 0x0000
+    assert studies(result) == {str(held.here[0].StudyInstanceUID)}
+    failed = {line["source"] for line in it.proxy.named("source_query_failed")}
+    assert failed == {"north", "south"}
+    assert [one.asked("find") for one in it.archives] == [[], []]
 
 
 async def test_a_contradiction_is_withheld(start: MakeProxy, tmp_path: Path) -> None:

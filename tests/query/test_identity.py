@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from pydicom import Dataset
 
 from dicomproxy.dataset.identifier import Identifier
 from dicomproxy.dataset.patient import PatientId
@@ -196,6 +197,65 @@ async def test_an_id_of_another_domain_is_asked_of_the_local_pacs_alone() -> Non
         await it.answers(**(KEYS | {"IssuerOfPatientID": "ELSEWHERE"}))
     assert archive.asked == []
     assert it.summary.local_only == "patient_of_another_domain"
+
+
+@pytest.mark.parametrize(
+    ("charset", "name"),
+    [
+        ("\\ISO 2022 IR 87", "Yamada^Tarou=山田^太郎=やまだ^たろう"),
+        ("GB18030", "Wang^XiaoDong=王^小东"),
+        ("ISO_IR 144", "Люкceмбypг"),
+        ("ISO_IR 100", "Müller^Jörg"),
+        ("ISO_IR 192", "Ντούμας^Zoë=山"),
+    ],
+)
+@pytest.mark.parametrize("there_in", ["", "ISO_IR 100", "ISO_IR 192"])
+async def test_local_names_survive_in_whatever_a_source_writes(
+    charset: str, name: str, there_in: str
+) -> None:
+    """The row has the local name, asked for by it, in a character set that can write it."""
+    person = identifier(
+        charset,
+        PatientID=PATIENT_ID,
+        PatientName=name,
+        PatientBirthDate=PATIENT_BIRTH_DATE,
+        PatientSex="F",
+    )
+    described = "Schädel" if there_in else "Skull"
+    row = identifier(
+        there_in,
+        QueryRetrieveLevel="STUDY",
+        StudyInstanceUID="1.2",
+        PatientID=THERE,
+        PatientName=ELSEWHERE,
+        StudyDescription=described,
+    )
+    async with bench(Site(ME, here=[person]), ScriptedLocal(), source("north", row)) as it:
+        asked = KEYS | {"PatientName": name, "StudyDescription": ""}
+        (got,) = rows(await it.answers(charset=charset, **asked))
+    assert got.text(NAME) == name
+    assert got.text(0x00081030) == described
+
+
+async def test_other_ids_asked_for_are_those_that_answers_show() -> None:
+    """The foreign ID is one of them, whatever the source would make of the key."""
+    archive = source("north", there("1.2"))
+    async with bench(Site(ME, here=[HERE]), ScriptedLocal(), archive) as it:
+        for value, shown in ((THERE, True), ("N-9", False)):
+            item = Dataset()
+            item.PatientID = value
+            found = await it.answers(**(KEYS | {"OtherPatientIDsSequence": [item]}))
+            assert bool(rows(found)) is shown
+    assert all(not query.identifier.items(OTHER_IDS) for query in archive.asked)
+
+
+async def test_a_caller_that_is_a_source_is_answered_from_here_alone() -> None:
+    """Two proxies that face each other ask no cross-reference in a circle either."""
+    site, archive = Site(ME, here=[HERE]), source("north", there("1.2"))
+    async with bench(site, ScriptedLocal(), archive) as it:
+        await it.answers(caller_changes={"is_source": True}, **KEYS)
+    assert archive.asked == []
+    assert site.manager.asked == []
 
 
 # --------------------------------------------------------------- wrong patients
