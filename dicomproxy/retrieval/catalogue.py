@@ -152,10 +152,15 @@ class Catalogue:
         """
         flight = self._flight
         named, agrees = await self._is_agreed(manifest)
+        contradicts = agrees and await self._contradicts(manifest)
         self.manifest = manifest
         if not agrees:
             self.conflict = True
             await flight.patient_changed(self._name, named)
+            return
+        if contradicts:
+            self.conflict = True
+            await flight.contradicted(self._name)
             return
         flight.flights.remember_series(flight.study_instance_uid, self._name, manifest.series)
         if not manifest.held:
@@ -186,10 +191,14 @@ class Catalogue:
             raise SourceError(
                 self._name, Failure.UNREACHABLE, detail=f"not identified: {error.failure}"
             ) from None
-        if not flight.agrees(local_id):
-            return named, False
-        comparison = await persons.compare_listed(manifest, flight.patient_id, self._name)
-        if comparison.verdict is Verdict.CONFLICT:
-            report(self._name, comparison, shown=False, study_instance_uid=study)
-            return named, False
-        return named, True
+        return named, flight.agrees(local_id)
+
+    async def _contradicts(self, manifest: Manifest) -> bool:
+        """Tell whether a listing describes the patient as somebody else than the local PACS."""
+        flight = self._flight
+        comparison = await flight.persons.compare_listed(manifest, flight.patient_id, self._name)
+        conflict = comparison.verdict is Verdict.CONFLICT
+        if conflict:
+            uid = flight.study_instance_uid
+            report(self._name, comparison, shown=False, study_instance_uid=uid)
+        return conflict

@@ -283,18 +283,26 @@ async def _send(
     ahead: Ahead,
     localizer: Localizer,
 ) -> Delivered | None:
-    """Deliver one instance; a damaged one is fetched again once, and then comes later."""
+    """Deliver one instance; None if it was to be fetched again, once, and comes later.
+
+    That is done for one that is damaged, and for a cached one that is not the patient's.
+    """
     try:
         return await outlet.send(instance, ahead, localizer)
     except Withheld as withheld:
+        uid = instance.sop_instance_uid
+        again = withheld.may_be_outdated and subscription.was_cached(uid)
+        # Its source may have corrected it since it was cached.
+        again = again and await subscription.replace(instance)
         _log.warning(
             "instance_withheld",
             study_instance_uid=instance.study_instance_uid,
-            sop_instance_uid=instance.sop_instance_uid,
+            sop_instance_uid=uid,
             source=instance.source,
             reason=withheld.reason,
+            result="fetched_again" if again else "failed",
         )
-        return Delivered.FAILED
+        return None if again else Delivered.FAILED
     except (FileNotFoundError, Refused):
         again = await subscription.replace(instance)
         if again and subscription.is_gone(instance.sop_instance_uid):

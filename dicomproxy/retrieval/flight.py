@@ -349,6 +349,13 @@ class Flight:
         # The same bytes came from a source that this caller may see.
         return not subscription.visible.isdisjoint(self._vouched.get(sop_instance_uid, ()))
 
+    def source_of(self, subscription: Subscription, instance: CachedInstance) -> str:
+        """Return the source from which this subscriber is given an instance."""
+        if instance.source in subscription.visible:
+            return instance.source
+        vouched = self._vouched.get(instance.sop_instance_uid, set())
+        return next(iter(sorted(vouched & subscription.visible)), instance.source)
+
     def was_whole_for(self, subscription: Subscription) -> bool:
         """Tell whether the study was held whole when this began, and all may be given on."""
         return self.was_complete and all(
@@ -518,6 +525,13 @@ class Flight:
         usual = self.persons.usual_id(patient, source)
         self.flights.seen(self.study_instance_uid, source, usual)
         await self._drop()
+
+    async def contradicted(self, source: str) -> None:
+        """Drop what came from *source*, which describes the patient as somebody else."""
+        self.asked.discard(source)
+        self._legs[source].stop()
+        held = list(self.lease.instances.values())
+        await self.lease.remove([one.sop_instance_uid for one in held if one.source == source])
 
     def not_held(self, source: str) -> None:
         """Forget that *source* holds the study."""

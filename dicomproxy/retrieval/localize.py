@@ -43,12 +43,20 @@ _COERCED: Final = Counter(
 )
 
 
+_OUTDATED: Final = frozenset({"identity_conflict", "identity_unresolved"})
+
+
 class Withheld(Exception):
     """An instance is not to be delivered; ``reason`` is a log-safe word."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
         super().__init__(reason)
+
+    @property
+    def may_be_outdated(self) -> bool:
+        """Whether its source, asked again, might say otherwise: it may have been corrected."""
+        return self.reason in _OUTDATED
 
 
 class Localizer:
@@ -86,24 +94,29 @@ class Localizer:
             OSError: it cannot be read.
         """
         identification = self._persons.identification
-        policy = self._persons.policy(instance.source)
-        if identification is None or policy is None:
+        if identification is None:
             return reader
+        name = self._subscription.source_of(instance)
+        policy = identification.of(name)
+        if policy is None:
+            return reader
+        syntax = instance.transfer_syntax_uid
         try:
-            opened = await self._open(instance, reader, identification, policy)
+            opened = await self._open(name, syntax, reader, identification, policy)
         except Withheld as withheld:
-            _COERCED.labels(instance.source, withheld.reason).inc()
+            _COERCED.labels(name, withheld.reason).inc()
             raise
         except (SpliceError, CannotEncode) as error:
             reason = "cannot_encode" if isinstance(error, CannotEncode) else "cannot_splice"
-            _COERCED.labels(instance.source, reason).inc()
+            _COERCED.labels(name, reason).inc()
             raise Withheld(reason) from None
-        _COERCED.labels(instance.source, "coerced").inc()
+        _COERCED.labels(name, "coerced").inc()
         return opened
 
     async def _open(
         self,
-        instance: CachedInstance,
+        name: str,
+        transfer_syntax_uid: str,
         reader: InstanceReader,
         identification: Identification,
         policy: Policy,
@@ -112,18 +125,16 @@ class Localizer:
             if self._version != self._persons.version:
                 self._version = self._persons.version
                 self._sources.clear()
-            source = self._sources.get(instance.source)
+            source = self._sources.get(name)
             if source is None:
-                source = self._sources[instance.source] = _Source(
-                    instance.source, policy, self._persons, self._destination, self._at
+                source = self._sources[name] = _Source(
+                    name, policy, self._persons, self._destination, self._at
                 )
             opened: InstanceReader | None = None
             needed: _Needed | None = None
             try:
                 await source.prepare(identification, self._subscription)
-                opened = await self._splicing.open(
-                    reader, instance.transfer_syntax_uid, source.rewriter
-                )
+                opened = await self._splicing.open(reader, transfer_syntax_uid, source.rewriter)
             except _Needed as what:
                 needed = what
             except _Unfit as unfit:

@@ -197,6 +197,14 @@ class Subscription:
         """Tell whether an instance is had from elsewhere."""
         return sop_instance_uid in self.exclude or series_instance_uid in self.exclude_series
 
+    def source_of(self, instance: CachedInstance) -> str:
+        """Return the source that an instance is had from, one that this caller may see."""
+        return self._flight.source_of(self, instance)
+
+    def was_cached(self, sop_instance_uid: str) -> bool:
+        """Tell whether an instance was held before this flight began."""
+        return sop_instance_uid in self._flight.initial
+
     def agrees(self, patient_id: str) -> bool:
         """Tell whether a local patient is the one agreed on, who is if nobody was yet."""
         return self._flight.agrees(patient_id)

@@ -10,11 +10,12 @@ import pytest
 from dicomproxy.dataset.header import EXPLICIT_VR_LITTLE_ENDIAN
 from dicomproxy.dataset.identifier import Identifier
 from dicomproxy.dataset.levels import Level, Root
+from dicomproxy.identity.coercion import CoercionSettings
 from dicomproxy.identity.safety import Demographics, Unverified
 from dicomproxy.ports import CrossReferenceError, Failure
 from dicomproxy.retrieval.coordinator import RetrieveOutcome, RetrieveRequest
 from tests import sentinel
-from tests.identity.providers import local, north
+from tests.identity.providers import HOSPITAL, local, north
 from tests.retrieval.fakes import (
     STUDY,
     Archive,
@@ -24,7 +25,7 @@ from tests.retrieval.fakes import (
     study,
     study_request,
 )
-from tests.retrieval.identification import Site
+from tests.retrieval.identification import Judged, Site
 from tests.support.log_watch import LogWatch
 
 NAME, ID, ISSUER = 0x00100010, 0x00100020, 0x00100021
@@ -369,3 +370,77 @@ async def test_value_that_cannot_be_written_fails_that_instance(
     outcome = await run(world, workstation)
     assert (outcome.completed, outcome.failed) == (0, 2)
     assert {entry["reason"] for entry in log_watch.named("instance_withheld")} == {"cannot_encode"}
+
+
+async def test_cached_object_that_its_archive_has_corrected(make: Make) -> None:
+    """What lay in the cache under a wrong birth date is fetched again, and then delivered."""
+    archive = held("north", "N1", 3)
+    uid = f"{STUDY}.1.2"
+    archive.values[uid] = {BIRTH_DATE: "19500101"}
+    world = make(archive, identity=Site(), pause=0)
+    assert (await run(world, Workstation())).failed == 1
+    assert archive.sent[uid] == 1, "what has just come is not asked for again"
+    archive.values.clear()
+    workstation = Workstation()
+    assert await run(world, workstation) == RetrieveOutcome(0x0000, completed=3)
+    assert set(archive.sent.values()) == {1, 2}
+    assert archive.sent[uid] == 2
+    assert_local(workstation, {"N1"})
+
+
+async def test_cached_object_that_stays_wrong(make: Make) -> None:
+    """Fetched again and still somebody else's it fails, and the retrieve ends."""
+    archive = held("north", "N1", 2)
+    uid = f"{STUDY}.1.2"
+    archive.values[uid] = {SEX: "M"}
+    world = make(archive, identity=Site(), pause=0)
+    await run(world, Workstation())
+    workstation = Workstation()
+    outcome = await run(world, workstation)
+    assert (outcome.completed, outcome.failed_sop_instance_uids) == (1, (uid,))
+    assert archive.sent[uid] == 2
+
+
+async def test_listing_of_one_holder_spoils_nothing_of_another(make: Make) -> None:
+    """A holder that describes somebody else is left out; nothing is fetched twice for it."""
+    one, other = held("north", "N1", 3), held("south", "S1", 3)
+    other.studies[STUDY].values[SEX] = "M"
+    world = make(one, other, identity=Site())
+    workstation = Workstation()
+    outcome = await run(world, workstation)
+    assert (outcome.completed, outcome.failed) == (3, 0)
+    assert set(one.sent.values()) == {1}
+    assert_local(workstation, {"N1"})
+
+
+async def test_objects_of_the_local_pacs_are_left_as_they_are(make: Make) -> None:
+    """What we deliver for the local PACS is its own, beside what is made local."""
+    mine = study(1)
+    mine.values = dict(FOREIGN)
+    archive = held("north", "N1", 2)
+    world = make(archive, identity=Site(), local=Archive("local", mine))
+    workstation = Workstation()
+    assert (await run(world, workstation)).completed == 2
+    own = f"{STUDY}.1.1"
+    assert workstation.data[own] == world.store.studies[STUDY].data[own]
+    assert world.store.studies[STUDY].instances[own].source == "local"
+    assert not archive.sent[own]
+    (other,) = (one for one in decoded(workstation) if one.text(0x00080018) != own)
+    assert other.text(NAME) == sentinel.PATIENT_NAME
+
+
+async def test_copy_that_a_caller_may_see_is_made_local_by_its_own_source(make: Make) -> None:
+    """Where the same bytes came from two sources, the one that the caller may see is recorded."""
+    site = Site()
+    for name in ("west", "east"):
+        site.judged[name] = Judged(CoercionSettings(name.upper(), "PROXY", HOSPITAL))
+    one, other = held("west", sentinel.PATIENT_ID), held("east", sentinel.PATIENT_ID)
+    world = make(one, other, identity=site)
+    assert (await run(world, Workstation())).completed == 2
+    workstation = Workstation()
+    async with asyncio.timeout(30):
+        operation = world.operation(workstation, caller=world.caller("east"))
+        assert (await operation.run()).completed == 2
+    for made in decoded(workstation):
+        (record,) = made.items(ORIGINALS)
+        assert record.text(0x04000564) == "EAST"
