@@ -11,11 +11,13 @@ import pytest
 from pydicom import Dataset
 
 from dicomproxy.dataset.identifier import Identifier
+from dicomproxy.dataset.levels import SERIES_INSTANCE_UID
 from dicomproxy.dataset.patient import PatientId
 from dicomproxy.identity.accession import AccessionPolicy
 from dicomproxy.identity.coercion_rules import Action, Rule
 from dicomproxy.identity.safety import Unverified
 from dicomproxy.ports import CrossReferenceError, Failure, Location, SourceError
+from dicomproxy.query import merge
 from dicomproxy.query.coordinator import QueryCoordinator
 from dicomproxy.query.waiting import Waiting
 from tests.identity.providers import HOSPITAL, SOUTH, local, north
@@ -294,8 +296,12 @@ async def test_a_contradiction_is_withheld_and_reported(
 ) -> None:
     """Once for the study, without a value; and the study is not located there."""
     archive = source("north", there("1.2", **elements), there("1.2", **elements), there("1.3"))
-    async with bench(Site(ME, here=[HERE]), ScriptedLocal(), archive) as it:
-        found = await it.answers(**KEYS)
+    seen = RememberedLocations(Location("1.2", "north", THERE))
+    async with bench(Site(ME, here=[HERE]), ScriptedLocal(), archive, locations=seen) as it:
+        # Compared is what the workstation need not have asked for.
+        bare = {key: KEYS[key] for key in ("QueryRetrieveLevel", "PatientID", "StudyInstanceUID")}
+        found = await it.answers(**bare)
+    assert all(tag in archive.asked[0].identifier for tag in (NAME, ISSUER, BIRTH_DATE, SEX))
     assert uids(found) == ["1.3"]
     (line,) = log_watch.named("identity_conflict")
     assert (line["source"], line["reason"], line["study_instance_uid"]) == ("north", reason, "1.2")
@@ -409,6 +415,22 @@ async def test_an_outage_while_answers_come_is_a_failure_of_the_source() -> None
     assert it.summary.failed_sources == ("north",)
 
 
+async def test_a_pattern_of_ids_is_matched_here() -> None:
+    """The source is asked for the study; which local IDs match means nothing to it."""
+    archive = source("north", there("1.2"))
+    keys = KEYS | {"PatientID": "SENT*", "StudyInstanceUID": "1.2"}
+    async with bench(Site(ME, here=[HERE]), ScriptedLocal(), archive) as it:
+        assert uids(await it.answers(**keys)) == ["1.2"]
+        assert rows(await it.answers(**(keys | {"PatientID": "X*"}))) == []
+    assert all(query.identifier.is_empty(ID) for query in archive.asked)
+
+
+async def test_any_issuer_is_this_sites() -> None:
+    """A wild card in its place asks for no other domain."""
+    async with bench(Site(ME, here=[HERE]), ScriptedLocal(), source("north", there("1.2"))) as it:
+        assert uids(await it.answers(**(KEYS | {"IssuerOfPatientID": "*"}))) == ["1.2"]
+
+
 # ------------------------------------------------------------------- accessions
 
 
@@ -504,6 +526,11 @@ class Hierarchical(ScriptedSource):
             yield row
 
 
+SERIES_TOO = identifier(
+    QueryRetrieveLevel="SERIES", StudyInstanceUID="1.2", SeriesInstanceUID="1.2.2"
+)
+
+
 @pytest.mark.parametrize("named", [True, False], ids=["by patient", "by study"])
 async def test_series_of_a_study_seen_under_another_id_are_found(named: bool) -> None:
     """The location's ID is the source's; it is the same person, and no conflict."""
@@ -540,6 +567,30 @@ async def test_a_study_seen_under_somebody_elses_id_is_not_asked_for(log_watch: 
     assert [line["source"] for line in log_watch.named("identity_conflict")] == ["north"]
 
 
+async def test_series_that_name_another_patient_than_their_study_are_withheld() -> None:
+    """An archive that mixes up two patients is believed about neither."""
+    mixed = identifier(
+        QueryRetrieveLevel="SERIES",
+        StudyInstanceUID="1.2",
+        SeriesInstanceUID="1.2.1",
+        PatientID="N-9",
+    )
+    archive = Hierarchical("north", there("1.2"), mixed, SERIES_TOO)
+    async with bench(Site(ME, here=[HERE]), ScriptedLocal(), archive) as it:
+        found = await it.answers(**SERIES_KEYS)
+    assert uids(found, SERIES_INSTANCE_UID) == ["1.2.2"]
+
+
+async def test_a_study_of_nobody_known_here_is_not_asked_for_where_the_local_pacs_has_it() -> None:
+    """Its patient elsewhere leads to no local ID, so that it cannot be the local one."""
+    seen = RememberedLocations(Location("1.2", "local", "2"), Location("1.2", "north", "N-9"))
+    archive = Hierarchical("north", there("1.2", "N-9"), SERIES)
+    keys = SERIES_KEYS | {"PatientID": ""}
+    async with bench(Site(ME), ScriptedLocal(), archive, locations=seen) as it:
+        assert rows(await it.answers(**keys)) == []
+    assert archive.asked == []
+
+
 async def test_a_study_that_is_somebody_elses_here_is_withheld() -> None:
     """The local PACS has it under another patient than the source's leads to."""
     seen = RememberedLocations(Location("1.2", "local", "2"), Location("1.2", "north", ""))
@@ -561,6 +612,31 @@ async def test_rules_are_applied_to_answers_and_their_keys_matched_here() -> Non
         (row,) = rows(await it.answers(**(KEYS | {"StudyDescription": "EXT*"})))
     assert row.text(0x00081030) == "EXT CT head"
     assert archive.asked[0].identifier.is_empty(0x00081030)
+
+
+async def test_what_rules_need_is_asked_for_too() -> None:
+    """What is copied, and the modality that decides; neither is shown unless it was asked for."""
+    rule = Rule(Action.COPY, 0x00081030, "LO", other=0x00081040, modalities=frozenset({"CT"}))
+    row = there("1.2", StudyDescription="there", InstitutionalDepartmentName="CT unit")
+    row.set_text(0x00080061, "CT")
+    site = Site(ME, here=[HERE], rules=(rule,))
+    archive = source("north", row)
+    async with bench(site, ScriptedLocal(), archive) as it:
+        (got,) = rows(await it.answers(**(KEYS | {"StudyDescription": ""})))
+    assert {0x00081040, 0x00080061} <= {element.tag for element in archive.asked[0].identifier}
+    assert got.text(0x00081030) == "CT unit"
+    assert not {0x00081040, 0x00080061} & {element.tag for element in got}
+
+
+async def test_a_source_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the bound on its rows nothing more is taken of it, and it is told so."""
+    monkeypatch.setattr(merge, "MAX_ROWS_PER_SOURCE", 3)
+    archive = source("north", *(there(f"1.2.{number}") for number in range(1000)))
+    async with bench(Site(ME, here=[HERE]), ScriptedLocal(), archive) as it:
+        found = await it.answers(**KEYS)
+    assert len(uids(found)) == 3
+    assert archive.ended == ["closed"]
+    assert it.summary.failed_sources == ()
 
 
 async def test_rows_before_a_failure_count() -> None:

@@ -1,0 +1,123 @@
+"""Who a local patient is: learnt or asked for, once at a time, and forgotten when it must be."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from dicomproxy.dataset.identifier import Identifier
+from dicomproxy.identity.safety import Demographics
+from dicomproxy.ports import Failure, SourceError, SourceQuery
+from tests.identity.providers import local
+from tests.query.builders import identifier
+from tests.query.identities import Site, patient_row
+from tests.sentinel import PATIENT_BIRTH_DATE, PATIENT_ID, PATIENT_NAME
+
+ME = local(PATIENT_ID)
+HERE = patient_row(PATIENT_ID, PATIENT_NAME, PATIENT_BIRTH_DATE)
+KNOWN = Demographics(PATIENT_NAME, PATIENT_BIRTH_DATE, "F")
+
+
+@asynccontextmanager
+async def site(*here: Identifier, kind: type[Site] = Site) -> AsyncIterator[Site]:
+    made = kind(here=here)
+    try:
+        async with asyncio.timeout(60):
+            yield made
+    finally:
+        await made.service.close()
+
+
+class Slow(Site):
+    """Its local PACS has read its answer, and does not send it before it may."""
+
+    def __init__(self, **given: object) -> None:
+        super().__init__(**given)  # type: ignore[arg-type]
+        self.reached, self.gate = asyncio.Event(), asyncio.Event()
+
+    async def ask(self, query: SourceQuery) -> AsyncIterator[Identifier]:
+        self.asked.append(query)
+        rows = list(self.here)
+        self.reached.set()
+        await self.gate.wait()
+        for row in rows:
+            yield row
+
+
+async def test_the_local_pacs_is_asked_once_and_remembered() -> None:
+    """By the ID, for what is compared."""
+    async with site(HERE) as it:
+        assert await it.service.demographics(ME) == KNOWN
+        assert await it.service.demographics(ME) == KNOWN
+    (question,) = it.asked
+    assert question.identifier.text(0x00100020) == PATIENT_ID
+
+
+async def test_those_who_ask_at_the_same_time_share_one_question() -> None:
+    """One of them giving up takes nothing from the others."""
+    async with site(HERE, kind=Slow) as it, asyncio.TaskGroup() as group:
+        assert isinstance(it, Slow)
+        first, *others = [group.create_task(it.service.demographics(ME)) for _ in range(5)]
+        await it.reached.wait()
+        first.cancel()
+        it.gate.set()
+        assert await asyncio.gather(*others) == [KNOWN] * 4
+        assert len(it.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        patient_row("SOMEBODY", PATIENT_NAME, PATIENT_BIRTH_DATE),
+        identifier(
+            PatientID=PATIENT_ID, IssuerOfPatientID="ELSEWHERE", PatientName="", PatientSex="M"
+        ),
+    ],
+    ids=["another ID", "another issuer"],
+)
+async def test_what_the_local_pacs_says_of_others_is_not_taken(row: Identifier) -> None:
+    """An archive that ignores the key answers with whomever it has."""
+    async with site(row) as it:
+        assert await it.service.demographics(ME) is None
+        it.service.learn(row)
+        assert it.service.known.of(ME) is None
+
+
+async def test_a_row_that_does_not_say_all_teaches_nothing() -> None:
+    """Half of what is known would empty the other half in what is shown."""
+    async with site() as it:
+        it.service.learn(identifier(PatientID=PATIENT_ID, PatientName=PATIENT_NAME))
+        assert it.service.known.of(ME) is None
+        it.service.learn(HERE)
+        assert it.service.known.of(ME) == KNOWN
+
+
+@pytest.mark.parametrize("failure", [SourceError("local", Failure.TIMEOUT), RuntimeError()])
+async def test_a_local_pacs_that_fails_is_nothing_known(failure: Exception) -> None:
+    """And is asked again the next time."""
+    async with site(HERE) as it:
+        it.local_failure = failure
+        assert await it.service.demographics(ME) is None
+        it.local_failure = None
+        assert await it.service.demographics(ME) == KNOWN
+
+
+@pytest.mark.parametrize("everything", [False, True])
+async def test_what_was_on_its_way_when_it_was_forgotten_is_not_remembered(
+    everything: bool,
+) -> None:
+    """The record may have been another one by then."""
+    async with site(HERE, kind=Slow) as it, asyncio.TaskGroup() as group:
+        assert isinstance(it, Slow)
+        asking = group.create_task(it.service.demographics(ME))
+        await it.reached.wait()
+        if everything:
+            it.identities.forget_all()
+        else:
+            it.identities.forget(ME)
+        it.gate.set()
+        await asking
+        assert it.service.known.of(ME) is None
