@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, Final
 
+from dicomproxy.dataset.identifier import Identifier
 from dicomproxy.dataset.patient import PatientId
 from dicomproxy.identity.crossref import IdentityUnresolved
 from dicomproxy.identity.reports import report, report_unresolved
@@ -57,8 +58,12 @@ class Catalogue:
         """The source has the study under another patient than was agreed on."""
         self.loading: Source | None = None
         """Whom a manifest is being asked of."""
+        self.is_judged = False
+        """It is known that its study is that of the patient agreed on, or is not to be known."""
         self.so_far: Listing = {}
         """What has been listed since it was asked for: SOP Instance UIDs by series."""
+        self._judgement: tuple[Identifier | None, int, tuple[PatientId | None, bool, bool]] | None
+        self._judgement = None
         self._rows = 0
         self._loaded_at = float("-inf")
         self._vanishable: set[str] = set()
@@ -113,6 +118,7 @@ class Catalogue:
             self._listed(failure)
         finally:
             self.loading = None
+            self.is_judged = True
             self._loaded_at = asyncio.get_running_loop().time()
             self._flight.relist()
             self._flight.wake()
@@ -128,6 +134,7 @@ class Catalogue:
             "progress": self._row_listed,
             "interactive": self._flight.is_wanted(),
             "returned": self._flight.persons.returned(self._name),
+            "judge": self._judge,
         }
         try:
             return await load_manifest(source, study, into=self.so_far, **more)
@@ -151,8 +158,7 @@ class Catalogue:
             SourceError: it cannot be found out who that is here.
         """
         flight = self._flight
-        named, agrees = await self._is_agreed(manifest)
-        contradicts = agrees and await self._contradicts(manifest)
+        named, agrees, contradicts = await self._judged(manifest)
         self.manifest = manifest
         if not agrees:
             self.conflict = True
@@ -174,6 +180,33 @@ class Catalogue:
         if flight.lease.complete and any(uid not in flight.lease.instances for uid in listed):
             # At once: a crash must not leave a part that passes for the whole.
             await flight.lease.set_complete(False)
+
+    async def _judge(self, whose: Manifest) -> None:
+        """Let instances be delivered as soon as it is known that they are the patient's."""
+        if self._flight.persons.policy(self._name) is None:
+            return
+        try:
+            _, agrees, contradicts = await self._judged(whose)
+        except SourceError:
+            return  # told when the listing is complete
+        if agrees and not contradicts and not self.is_judged:
+            self.is_judged = True
+            self._flight.tell()
+
+    async def _judged(self, manifest: Manifest) -> tuple[PatientId | None, bool, bool]:
+        """Return whom a manifest names, whether that is the patient agreed on, and is contradicted.
+
+        Asked about the same row again it says the same again, and reports it once.
+        """
+        version = self._flight.persons.version
+        if self._judgement is not None and manifest.row is not None:
+            row, of_version, judgement = self._judgement
+            if row is manifest.row and of_version == version:
+                return judgement
+        named, agrees = await self._is_agreed(manifest)
+        judgement = named, agrees, agrees and await self._contradicts(manifest)
+        self._judgement = manifest.row, version, judgement
+        return judgement
 
     async def _is_agreed(self, manifest: Manifest) -> tuple[PatientId | None, bool]:
         """Return whom a manifest names, and whether that may be the patient agreed on."""

@@ -288,6 +288,7 @@ async def _send(
     That is done for one that is damaged, and for a cached one that is not the patient's.
     """
     try:
+        await localizer.ready(instance)
         return await outlet.send(instance, ahead, localizer)
     except Withheld as withheld:
         uid = instance.sop_instance_uid

@@ -349,6 +349,21 @@ class Flight:
         # The same bytes came from a source that this caller may see.
         return not subscription.visible.isdisjoint(self._vouched.get(sop_instance_uid, ()))
 
+    def is_judging(self, source: str) -> bool:
+        """Tell whether *source* is still to say whose study it has."""
+        leg = self._legs.get(source)
+        return leg is not None and leg.is_listing and not leg.catalogue.is_judged
+
+    def conflicts(self, source: str) -> bool:
+        """Tell whether *source* has said that its study is not that of the patient."""
+        leg = self._legs.get(source)
+        return leg is not None and leg.catalogue.conflict
+
+    def tell(self) -> None:
+        """Have every subscriber look again."""
+        for subscription in self.subscriptions:
+            subscription.news.set()
+
     def source_of(self, subscription: Subscription, instance: CachedInstance) -> str:
         """Return the source from which this subscriber is given an instance."""
         if instance.source in subscription.visible:

@@ -86,6 +86,21 @@ class Localizer:
         self._version = persons.version
         self._sources: dict[str, _Source] = {}
 
+    async def ready(self, instance: CachedInstance) -> None:
+        """Return once it is known whose study the instance's source has, as it lists it.
+
+        That may be another patient's by now, though headers still name this one.
+
+        Raises:
+            Withheld: it is.
+        """
+        identification = self._persons.identification
+        if identification is None:
+            return
+        name = self._subscription.source_of(instance)
+        if identification.of(name) is not None and not await self._subscription.until_judged(name):
+            raise Withheld("identity_conflict")
+
     async def open(self, instance: CachedInstance, reader: InstanceReader) -> InstanceReader:
         """Return a reader of what is to be sent, which closes *reader* in its turn.
 

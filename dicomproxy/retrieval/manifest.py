@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 from typing import Any, Final, TypeVar
 
@@ -133,6 +133,7 @@ async def load_manifest(
     into: Listing | None = None,
     progress: Callable[[], None] | None = None,
     returned: Collection[int] = (),
+    judge: Callable[[Manifest], Awaitable[None]] | None = None,
 ) -> Manifest:
     """Ask *source* for its manifest of a study.
 
@@ -145,6 +146,7 @@ async def load_manifest(
         into: is filled in while answers come; only what is returned is a manifest.
         progress: called after each instance that was added to *into*.
         returned: keys of the study's row besides those that a manifest needs.
+        judge: is given whose study it is as soon as that is known, nothing listed yet.
 
     Raises:
         SourceError: it could not be reached or did not answer to the end.
@@ -152,6 +154,7 @@ async def load_manifest(
     ask = _Questions(source, study_instance_uid, interactive, {} if into is None else into)
     ask.progress = progress
     ask.returned = tuple(returned)
+    ask.judge = judge
     if source.round_trip_seconds >= FAR_SECONDS:
         study, verified = await _ask_at_once(ask, series)
     else:
@@ -168,15 +171,18 @@ async def load_manifest(
         verified = False
     # A study without a single instance does not exist in an archive; this one cannot tell.
     verified = verified and any(ask.listing.values())
+    return replace(_whose(study_instance_uid, study), series=ask.listing, verified=verified)
+
+
+def _whose(study_instance_uid: str, row: Identifier) -> Manifest:
+    """Return what a study's row says, nothing listed."""
     return Manifest(
         study_instance_uid=study_instance_uid,
-        patient_id=study.text(PATIENT_ID),
-        patient_birth_date=study.text(PATIENT_BIRTH_DATE),
-        patient_sex=study.text(PATIENT_SEX),
-        study_date=study.text(STUDY_DATE),
-        series=ask.listing,
-        verified=verified,
-        row=study,
+        patient_id=row.text(PATIENT_ID),
+        patient_birth_date=row.text(PATIENT_BIRTH_DATE),
+        patient_sex=row.text(PATIENT_SEX),
+        study_date=row.text(STUDY_DATE),
+        row=row,
     )
 
 
@@ -253,6 +259,7 @@ class _Questions:
         self.listing = listing
         self.progress: Callable[[], None] | None = None
         self.returned: tuple[int, ...] = ()
+        self.judge: Callable[[Manifest], Awaitable[None]] | None = None
         self._source = source
         self._uid = study_instance_uid
         self._interactive = interactive
@@ -275,6 +282,8 @@ class _Questions:
             async for row in rows:
                 if found is None and row.text(STUDY_INSTANCE_UID) == self._uid:
                     found = row
+        if found is not None and self.judge is not None:
+            await self.judge(_whose(self._uid, found))
         return found
 
     async def everything(self, likely: Collection[str] = ()) -> bool:

@@ -201,6 +201,13 @@ class Subscription:
         """Return the source that an instance is had from, one that this caller may see."""
         return self._flight.source_of(self, instance)
 
+    async def until_judged(self, source: str) -> bool:
+        """Return once a source has said whose study it has; False if it is not the patient's."""
+        while not self._stopped and self.outcome is None and self._flight.is_judging(source):
+            self.news.clear()
+            await self.news.wait()
+        return not self._flight.conflicts(source)
+
     def was_cached(self, sop_instance_uid: str) -> bool:
         """Tell whether an instance was held before this flight began."""
         return sop_instance_uid in self._flight.initial

@@ -10,10 +10,12 @@ import pytest
 from dicomproxy.dataset.header import EXPLICIT_VR_LITTLE_ENDIAN
 from dicomproxy.dataset.identifier import Identifier
 from dicomproxy.dataset.levels import Level, Root
+from dicomproxy.dataset.patient import PatientId
 from dicomproxy.identity.coercion import CoercionSettings
 from dicomproxy.identity.safety import Demographics, Unverified
 from dicomproxy.ports import CrossReferenceError, Failure
 from dicomproxy.retrieval.coordinator import RetrieveOutcome, RetrieveRequest
+from dicomproxy.retrieval.persons import Persons
 from tests import sentinel
 from tests.identity.providers import HOSPITAL, local, north
 from tests.retrieval.fakes import (
@@ -444,3 +446,85 @@ async def test_copy_that_a_caller_may_see_is_made_local_by_its_own_source(make: 
     for made in decoded(workstation):
         (record,) = made.items(ORIGINALS)
         assert record.text(0x04000564) == "EAST"
+
+
+async def test_merge_while_cached_objects_are_being_sent(make: Make) -> None:
+    """What has not been sent yet when the ID becomes somebody else's is not sent any more."""
+    site, archive = Site(), held("north", "N1", 4)
+    world = make(archive, identity=site)
+    await run(world, Workstation())
+    workstation = Workstation()
+    workstation.gate = asyncio.Event()
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        running = group.create_task(world.operation(workstation).run())
+        await workstation.waiting.wait()
+        site.reference.persons = [{local("OTHER"), north("N1")}]
+        site.identities.forget(north("N1"))
+        workstation.gate.set()
+    outcome = running.result()
+    assert (outcome.completed, outcome.failed) == (1, 3)
+    assert workstation.received == [f"{STUDY}.1.1"]
+
+
+@pytest.mark.parametrize("patient_id", [sentinel.PATIENT_ID, "N404"])
+async def test_listing_under_another_patient_than_was_remembered(
+    make: Make, patient_id: str
+) -> None:
+    """Where the archive lists the study as another's now, its objects' headers do not count."""
+    archive = held("north", "N1")
+    world = make(archive, identity=Site())
+    world.know(archive)
+    archive.studies[STUDY].patient_id = patient_id
+    for uid in archive.studies[STUDY].instances:
+        archive.headers[uid] = {"patient": "N1"}
+    workstation = Workstation()
+    assert (await run(world, workstation)).completed == 0
+    assert not workstation.received
+
+
+async def test_listing_that_contradicts_counts_though_headers_do_not(make: Make) -> None:
+    """Another sex in the archive's answer withholds the study, whatever its objects say."""
+    archive = held("north", "N1")
+    archive.studies[STUDY].values[SEX] = "M"
+    for uid in archive.studies[STUDY].instances:
+        archive.values[uid] = {SEX: "F"}
+    world = make(archive, identity=Site())
+    workstation = Workstation()
+    assert (await run(world, workstation)).completed == 0
+    assert not workstation.received
+
+
+async def test_id_of_another_issuer_is_not_remembered_as_the_sources_own(make: Make) -> None:
+    """The memory of locations knows no issuers: an ID that is not the archive's is left out."""
+    archive = held("north", sentinel.PATIENT_ID)
+    archive.studies[STUDY].values[ISSUER] = "HOSPITAL"
+    world = make(archive, identity=Site())
+    for _ in range(2):
+        assert (await run(world, Workstation())).completed == 2
+    assert {location.patient_id for location in await world.memory.find(STUDY)} == {""}
+
+
+async def test_who_somebody_is_is_asked_again_after_a_minute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is remembered for the instances of a retrieve, not for the next day."""
+    site = Site()
+    persons = Persons(site)
+    patient = persons.of_value("N1", "north")
+    assert patient is not None
+    assert await persons.here(patient, "north") == sentinel.PATIENT_ID
+    asked: list[str] = []
+
+    async def here(patient: PatientId, source: str) -> PatientId:
+        asked.append(source)
+        return local("OTHER")
+
+    monkeypatch.setattr(site.identities, "here", here)
+    assert await persons.here(patient, "north") == sentinel.PATIENT_ID
+    loop = asyncio.get_running_loop()
+    later = loop.time() + 61
+    monkeypatch.setattr(loop, "time", lambda: later)
+    assert await persons.here(patient, "north") == "OTHER"
+    assert asked == ["north"]
+    monkeypatch.undo()
+    await site.identities.close()

@@ -215,3 +215,27 @@ def test_any_range_of_any_segments(
     buffers = [bytearray(length) for length in lengths]
     count = asyncio.run(reader.read_into([memoryview(one) for one in buffers], offset))
     assert b"".join(buffers)[:count] == wanted
+
+
+async def test_giving_up_leaves_no_thread_behind() -> None:
+    """A thread that waits for bytes ends with an error once the instance is closed."""
+    asked, refused = asyncio.Event(), asyncio.Event()
+
+    class Stalled(Held):
+        async def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
+            if offset + sum(map(len, buffers)) > HEAD_BYTES:
+                asked.set()
+                await refused.wait()
+                raise OSError("the reader is closed")
+            return await super().read_into(buffers, offset)
+
+    held = Stalled(long_header(HEAD_BYTES))
+    splicing = Splicing()
+    async with asyncio.timeout(60):
+        opening = asyncio.ensure_future(splicing.open(held, EXPLICIT_VR_LITTLE_ENDIAN, rewriter()))
+        await asked.wait()
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        refused.set()
+        await asyncio.get_running_loop().shutdown_default_executor()
