@@ -13,7 +13,7 @@ from dicomproxy.dataset.levels import Level, Root
 from dicomproxy.dataset.patient import PatientId
 from dicomproxy.identity.coercion import CoercionSettings
 from dicomproxy.identity.safety import Demographics, Unverified
-from dicomproxy.ports import CrossReferenceError, Failure
+from dicomproxy.ports import CrossReferenceError, Failure, SourceQuery
 from dicomproxy.retrieval.coordinator import RetrieveOutcome, RetrieveRequest
 from dicomproxy.retrieval.persons import Persons
 from tests import sentinel
@@ -528,3 +528,39 @@ async def test_who_somebody_is_is_asked_again_after_a_minute(
     assert asked == ["north"]
     monkeypatch.undo()
     await site.identities.close()
+
+
+async def test_delivery_begins_before_everything_is_listed(make: Make) -> None:
+    """Once the archive has said whose study it is, nobody waits for the rest of its answers."""
+    listing = asyncio.Event()
+
+    class Slow(Archive):
+        async def find(self, query: SourceQuery) -> AsyncIterator[Identifier]:
+            if query.level is Level.SERIES:
+                await listing.wait()
+            async for row in super().find(query):
+                yield row
+
+    archive = Slow("north", *held("north", "N1").studies.values())
+    world = make(archive, identity=Site())
+    workstation = Workstation()
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        running = group.create_task(world.operation(workstation).run())
+        await workstation.waiting.wait()
+        listing.set()
+    assert running.result() == RetrieveOutcome(0x0000, completed=2)
+
+
+async def test_merge_of_others_disturbs_nothing(make: Make) -> None:
+    """After a notice about somebody else the rest of a study is delivered like its beginning."""
+    site, archive = Site(), held("north", "N1", 4)
+    world = make(archive, identity=site)
+    workstation = Workstation()
+    workstation.gate = asyncio.Event()
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        running = group.create_task(world.operation(workstation).run())
+        await workstation.waiting.wait()
+        site.identities.forget(north("N555"))
+        workstation.gate.set()
+    assert running.result() == RetrieveOutcome(0x0000, completed=4)
+    assert_local(workstation, {"N1"})
