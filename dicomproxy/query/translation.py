@@ -21,9 +21,14 @@ from dicomproxy.dataset.accession import AccessionsUnavailable, Origin
 from dicomproxy.dataset.charset import UTF8
 from dicomproxy.dataset.identifier import CannotEncode, Identifier
 from dicomproxy.dataset.levels import PATIENT_ID, STUDY_INSTANCE_UID, Level
-from dicomproxy.dataset.patient import PatientId
-from dicomproxy.identity.accession import ACCESSION_NUMBER
-from dicomproxy.identity.coercion import CoercionSettings, LocalPatient, coerce_answer
+from dicomproxy.dataset.patient import Domain, PatientId
+from dicomproxy.identity.accession import ACCESSION_NUMBER, Shown
+from dicomproxy.identity.coercion import (
+    CoercionSettings,
+    LocalPatient,
+    accession_numbers,
+    coerce_answer,
+)
 from dicomproxy.identity.coercion_patient import PATIENT_TAGS
 from dicomproxy.identity.coercion_request import REQUEST_TAGS
 from dicomproxy.identity.crossref import IdentityUnresolved
@@ -260,14 +265,26 @@ class Translation:
         judged = self._identity.of(source)
         if judged is None:
             return [Local(row, row.text(PATIENT_ID)) for row, _ in rows]
-        made = []
-        for row, study in rows:
-            made.append(await self._localise(source, judged, row, study))
-        return made
+        judgements = [await self._judge(source, judged, row, study) for row, study in rows]
+        # Together, since numbers that are new cost a write to the disk.
+        numbers: dict[str, Domain] = {}
+        for (row, _), (verdict, _) in zip(rows, judgements, strict=True):
+            if isinstance(verdict, LocalPatient):
+                for number, issuer in accession_numbers(row).items():
+                    if issuer.is_named or number not in numbers:
+                        numbers[number] = issuer
+        shown = await self._identity.shown_numbers(source, numbers)
+        return [
+            self._coerced(row, verdict, foreign_id, judged, shown)
+            if isinstance(verdict, LocalPatient)
+            else Local(None, foreign_id, verdict)
+            for (row, _), (verdict, foreign_id) in zip(rows, judgements, strict=True)
+        ]
 
-    async def _localise(
+    async def _judge(
         self, source: str, judged: SourceIdentity, row: Identifier, study: str
-    ) -> Local:
+    ) -> tuple[LocalPatient | Verdict, str]:
+        """Return who a row is about here, or why it is kept back; and the patient's ID there."""
         request = self._request
         study = row.text(STUDY_INSTANCE_UID) or study
         speaks: Identifier | None = row
@@ -279,39 +296,43 @@ class Translation:
         if speaks is not None:
             foreign = domains.patient_of(speaks, source)
         if foreign is None or speaks is None:
-            return Local(None, verdict=Verdict.WITHHELD)
+            return Verdict.WITHHELD, ""
         named = foreign if row.is_empty(PATIENT_ID) else domains.patient_of(row, source)
         if named != foreign:
-            return Local(None, verdict=Verdict.WITHHELD)
+            return Verdict.WITHHELD, ""
         try:
             patient = await self._local_of(foreign, source)
         except IdentityUnresolved as unresolved:
             if self._first(source, study, unresolved.reason):
                 report_unresolved(source, unresolved, study_instance_uid=study)
-            return Local(None, foreign.value, Verdict.WITHHELD)
+            return Verdict.WITHHELD, foreign.value
         if patient is None:
-            return Local(None, foreign.value, Verdict.WITHHELD)
+            return Verdict.WITHHELD, foreign.value
         if self._contradicts_local(study, patient):
-            return Local(None, foreign.value, Verdict.CONFLICT)
+            return Verdict.CONFLICT, foreign.value
         demographics = await self._demographics(patient)
         comparison = compare(demographics, demographics_of(speaks))
         shown = comparison.permits(judged.unverified)
         self._report(source, study, comparison, shown)
         if not shown:
             conflict = comparison.verdict is Judgement.CONFLICT
-            return Local(None, foreign.value, Verdict.CONFLICT if conflict else Verdict.WITHHELD)
-        accessions = await self._identity.shown(source, row)
+            return Verdict.CONFLICT if conflict else Verdict.WITHHELD, foreign.value
+        return LocalPatient(patient, demographics), foreign.value
+
+    def _coerced(
+        self,
+        row: Identifier,
+        patient: LocalPatient,
+        foreign_id: str,
+        judged: SourceIdentity,
+        shown: Mapping[str, Shown] | None,
+    ) -> Local:
         try:
-            local = coerce_answer(
-                self._completed(row, demographics),
-                LocalPatient(patient, demographics),
-                judged.coercion,
-                accessions,
-                self._caller,
-            )
+            completed = self._completed(row, patient.demographics)
+            local = coerce_answer(completed, patient, judged.coercion, shown, self._caller)
         except CannotEncode:
-            return Local(None, foreign.value, Verdict.MALFORMED)
-        return Local(local, foreign.value)
+            return Local(None, foreign_id, Verdict.MALFORMED)
+        return Local(local, foreign_id)
 
     async def _local_of(self, foreign: PatientId, source: str) -> PatientId | None:
         """Return who *foreign* is here; None where it is not who was asked for."""

@@ -459,6 +459,19 @@ async def test_a_minted_accession_number_leads_back_to_its_source_alone() -> Non
     ]
 
 
+async def test_accession_numbers_of_rows_that_wait_are_made_up_together() -> None:
+    """A new one costs a write to the disk; rows that came while one was written share the next."""
+    archive = source(
+        "north", *(there(f"1.2.{number}", AccessionNumber=f"A{number}") for number in range(200))
+    )
+    site = Site(ME, here=[HERE])
+    async with bench(site, ScriptedLocal(), archive) as it:
+        shown = {row.text(ACCESSION) for row in rows(await it.answers(**KEYS))}
+    assert len(shown) == 200
+    assert sum(site.accessions.assigned_together) == 200
+    assert len(site.accessions.assigned_together) < 20
+
+
 async def test_an_accession_number_of_this_site_is_asked_of_no_source() -> None:
     """Alone it means nothing elsewhere; with a patient it is compared with what is shown."""
     archive = source("north", there("1.2", AccessionNumber=ACCESSION_NUMBER))
