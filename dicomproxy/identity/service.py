@@ -18,7 +18,7 @@ from dicomproxy.dataset.identifier import Identifier
 from dicomproxy.dataset.levels import PATIENT_ID, Level
 from dicomproxy.dataset.patient import Domain, PatientId
 from dicomproxy.identity.accession import AccessionNumbers, Shown
-from dicomproxy.identity.coercion import CoercionSettings, accession_numbers
+from dicomproxy.identity.coercion import CoercionSettings
 from dicomproxy.identity.crossref import Identities
 from dicomproxy.identity.domains import Domains
 from dicomproxy.identity.safety import (
@@ -121,10 +121,6 @@ class IdentityService:
         """Return how *source* is judged; None where nothing of it is touched."""
         return self._sources.get(source)
 
-    def local(self, value: str) -> PatientId:
-        """Return the local patient whom a workstation names by an ID alone."""
-        return self.domains.canonical_id(PatientId(value, self.domains.local))
-
     def foreign(self, source: str, value: str) -> PatientId:
         """Return the patient who has an ID at *source*."""
         return self.domains.canonical_id(PatientId(value, self.domains.of(source)))
@@ -200,17 +196,13 @@ class IdentityService:
 
     # --------------------------------------------------------------- accessions
 
-    async def shown(self, source: str, view: Identifier) -> Mapping[str, Shown] | None:
-        """Return what to show for each accession number in an answer or a header.
-
-        None where the source keeps its own.
-        """
-        return await self.shown_numbers(source, accession_numbers(view))
-
     async def shown_numbers(
         self, source: str, numbers: Mapping[str, Domain]
     ) -> Mapping[str, Shown] | None:
-        """As :meth:`shown`, for numbers with their issuers."""
+        """Return what to show for each accession number of *source*, given with its issuer.
+
+        None where the source keeps its own.
+        """
         judged = self._sources.get(source)
         if judged is None or judged.keeps_accessions:
             return None
