@@ -7,13 +7,14 @@ association, and a study of its own warms the proxy up beforehand.
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
 from bench.data import Study
 from bench.stage import CAPPED, CROWD, FAR, NEAR, ORTHANC, Route, Stage
 from bench.subjects import BenchProxy, WrongOutcome, measured
-from bench.table import Aim, Row, at_most, later_by, under_seconds
+from bench.table import NO_AIM, Aim, Row, at_most, later_by, under_seconds
 
 _ROUND_TRIP = 2 * FAR.delay_seconds
 
@@ -130,15 +131,18 @@ async def warm(stage: Stage) -> list[Row]:
 async def other_proxy(stage: Stage) -> list[Row]:
     """A cold CT, beside Orthanc as a proxy: told to fetch the study, then asked for it.
 
-    As shipped: its receiver leaves acknowledgements delayed, and the sender waits.
+    As shipped: its receiver leaves acknowledgements delayed, and the sender waits, so
+    that a ratio proves little. With TCP_NODELAY=1 in the environment the sender does
+    not wait, and the aim counts.
     """
+    waits = os.environ.get("TCP_NODELAY") != "1"
     study = stage.sizes.ct
     rows = _pair(
         "other-proxy",
         f"cold C-MOVE, {study.instances} CT, loopback",
-        at_most(0.6),
-        later_by(0.0, "sooner"),
-        "Orthanc as proxy",
+        NO_AIM if waits else at_most(0.6),
+        NO_AIM if waits else later_by(0.0, "sooner"),
+        "Orthanc as shipped" if waits else "Orthanc as proxy",
     )
     await stage.fill(ORTHANC, study, stage.sizes.crowd[0])
     other = await stage.orthanc("ORTHANC2")

@@ -306,15 +306,24 @@ class Stage:
                 pacs=local or ("EMPTY", "127.0.0.1", self.ports["empty"]),
                 sources=sources,
                 workstations=[
-                    {"ae_title": READING, "host": "127.0.0.1", "port": self.ports[reading]},
-                    *(
-                        {"ae_title": name, "host": "127.0.0.1", "port": self.ports["fast"]}
-                        for name in CROWD
-                    ),
+                    {
+                        "ae_title": name,
+                        "host": "127.0.0.1",
+                        "port": self.ports[receiver],
+                        "query_budget": "5s",
+                    }
+                    for name, receiver in [(READING, reading), *((one, "fast") for one in CROWD)]
                 ],
                 port=self.ports[title],
+                # What is measured is what is shipped; tests are more patient.
+                local={"connect_timeout": "3s", "query_timeout": "10s"},
                 **{
-                    name: {"calling_ae_title": title, "parallel_associations": ceiling}
+                    name: {
+                        "calling_ae_title": title,
+                        "parallel_associations": ceiling,
+                        "connect_timeout": "3s",
+                        "query_timeout": "5s",
+                    }
                     for name in sources
                 },
             ),
