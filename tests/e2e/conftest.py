@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,15 +131,15 @@ async def reading2(region: Region) -> AsyncIterator[Workstation]:
         yield made
 
 
-@pytest_asyncio.fixture
-async def start(tmp_path: Path) -> AsyncIterator[MakeProxy]:
+@asynccontextmanager
+async def proxies(directory: Path) -> AsyncIterator[MakeProxy]:
     """Start proxies; at the end each must stop with 0, and no log may name the patient."""
     made: list[Proxy] = []
 
     async def start_proxy(**keys: Any) -> Proxy:
-        directory = tmp_path / f"proxy{len(made)}"
-        directory.mkdir()
-        proxy = Proxy(directory, configuration(directory, **keys))
+        home = directory / f"proxy{len(made)}"
+        home.mkdir()
+        proxy = Proxy(home, configuration(home, **keys))
         made.append(proxy)
         await proxy.start()
         return proxy
@@ -157,6 +157,13 @@ async def start(tmp_path: Path) -> AsyncIterator[MakeProxy]:
         lines = proxy.lines()  # each is JSON
         crashes = {"association_crashed", "task_crashed", "retrieve_failed"}
         assert [line for line in lines if line["event"] in crashes] == []
+
+
+@pytest_asyncio.fixture
+async def start(tmp_path: Path) -> AsyncIterator[MakeProxy]:
+    """As :func:`proxies`, for one test."""
+    async with proxies(tmp_path) as start_proxy:
+        yield start_proxy
 
 
 @pytest_asyncio.fixture

@@ -3,124 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
-from pydicom import Dataset
 
 from tests.e2e.conftest import MakeProxy
-from tests.e2e.scene import Setup, figures, setup, the_study
-from tests.e2e.support import identifier
-from tests.peers.archive import Archive
+from tests.e2e.identities import (
+    NORTH_ID,
+    PERSONS,
+    SOUTH_ID,
+    Held,
+    loaded,
+    mine,
+    scene,
+    studies,
+    table,
+)
+from tests.e2e.scene import Setup, figures, the_study
 from tests.peers.mllp_server import Caller
 from tests.peers.pix_manager import Reply, pix_manager
 from tests.peers.pixm_manager import Question, pixm_manager, response
-from tests.peers.workstation import Result
 from tests.sentinel import ACCESSION_NUMBER, PATIENT_BIRTH_DATE, PATIENT_ID, PATIENT_NAME
-from tests.support.datasets import study
-
-HOSPITAL, NORTH, SOUTH = ("HOSPITAL", "1.2.1"), ("NORTH", "1.2.2"), ("SOUTH", "1.2.3")
-NORTH_ID, SOUTH_ID = "N-0815", "S/22"
-NAMESAKE = "N-4"  # has the same name, and is somebody else
-# A third person's ID in the north is the first one's here.
-TABLE = f"local,north,south\n{PATIENT_ID},{NORTH_ID},{SOUTH_ID}\n17,{PATIENT_ID},\n18,{NAMESAKE},\n"
-PERSONS = [
-    [(PATIENT_ID, *HOSPITAL), (NORTH_ID, *NORTH), (SOUTH_ID, *SOUTH)],
-    [("17", *HOSPITAL), (PATIENT_ID, *NORTH)],
-    [("18", *HOSPITAL), (NAMESAKE, *NORTH)],
-]
-
-
-class Listing(Archive):
-    """An archive that knows accession numbers; ``careless``, it ignores who is asked for."""
-
-    careless = False
-
-    def matching(self, identifier: Dataset) -> list[Dataset]:
-        if self.careless and not identifier.get("StudyInstanceUID"):
-            with self.lock:
-                found = list(self.instances)
-        else:
-            found = super().matching(identifier)
-        wanted = identifier.get("AccessionNumber")
-        return [one for one in found if not wanted or one.AccessionNumber == wanted]
-
-
-def domain(of: tuple[str, str]) -> dict[str, str]:
-    return {"namespace": of[0], "universal_id": of[1]}
-
-
-def ct(patient: str, **more: Any) -> list[Dataset]:
-    return study(1, 2, PatientID=patient, PatientSex="F", **more)
-
-
-class Held:
-    """What the archives hold."""
-
-    def __init__(self) -> None:
-        self.here = ct(PATIENT_ID)
-        self.north = ct(NORTH_ID, PatientName="Patient^Sentinel^^Dr.", SpecificCharacterSet="")
-        self.south = ct(SOUTH_ID, PatientName="SENTINEL^PATIËNT")
-        self.third = ct(PATIENT_ID, PatientBirthDate="19800101", AccessionNumber="3")
-        self.namesake = ct(NAMESAKE, AccessionNumber="4")
-
-    @property
-    def mine(self) -> set[str]:
-        return {str(one[0].StudyInstanceUID) for one in (self.here, self.north, self.south)}
-
-
-@asynccontextmanager
-async def scene(
-    start: MakeProxy, held: Held, reference: dict[str, Any], **north: Any
-) -> AsyncIterator[Setup]:
-    """Run the region, with a cross-reference between its three domains."""
-    asked = reference["name"]
-    async with setup(
-        start,
-        [*held.north, *held.third, *held.namesake],
-        held.south,
-        here=held.here,
-        kind=Listing,
-        local={"patient_id_issuer": domain(HOSPITAL)},
-        north={"patient_id_issuer": domain(NORTH), "identity": {"cross_reference": asked}, **north},
-        south={"patient_id_issuer": domain(SOUTH), "identity": {"cross_reference": asked}},
-        cross_references=[reference],
-    ) as made:
-        yield made
-
-
-def table(directory: Path, text: str = TABLE) -> dict[str, Any]:
-    file = directory / "ids.csv"
-    fresh = directory / "ids.new"
-    fresh.write_text(text)
-    fresh.replace(file)
-    return {"name": "regional", "type": "table", "file": str(file)}
-
-
-async def loaded(it: Setup, count: int = 1) -> None:
-    await it.proxy.until(
-        lambda: len(it.proxy.named("cross_reference_table_loaded")) >= count, "loaded"
-    )
-
-
-async def mine(it: Setup, **keys: Any) -> Result:
-    given: dict[str, Any] = {
-        "PatientID": PATIENT_ID,
-        "IssuerOfPatientID": "",
-        "PatientName": "",
-        "PatientBirthDate": "",
-        "PatientSex": "",
-        "AccessionNumber": "",
-        "StudyInstanceUID": "",
-    }
-    return await it.reading.find(identifier("STUDY", **(given | keys)))
-
-
-def studies(result: Result) -> set[str]:
-    return {str(row.StudyInstanceUID) for row in result.rows}
 
 
 @pytest.mark.parametrize("careless", [False, True], ids=["exact", "careless"])
