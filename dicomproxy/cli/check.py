@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dicomproxy.config import ConfigError, Settings, load
+from dicomproxy.config.hl7 import Hl7Section
 
 
 def run(path: Path) -> int:
@@ -47,9 +48,21 @@ def _summary(settings: Settings) -> Iterator[tuple[str, str]]:
             "references",
             ", ".join(f"{entry.name} ({entry.type})" for entry in settings.cross_references),
         )
+    if settings.hl7 is not None:
+        hl7 = settings.hl7
+        tls = ", TLS" if hl7.tls is not None else ""
+        yield "hl7", f"on {_address(hl7.host, hl7.port)}{tls}, from {_callers(hl7)}"
     yield "cache", f"{_size(cache.max_size)} in {cache.directory}"
     yield "audit", str(settings.audit_file)
     yield "web", _address(settings.web.host, settings.web.port)
+
+
+def _callers(section: Hl7Section) -> str:
+    shown = (
+        str(one.network_address if one.prefixlen == one.max_prefixlen else one)
+        for one in section.allow_from
+    )
+    return ", ".join(shown)
 
 
 def _domains(settings: Settings) -> Iterator[str]:

@@ -42,6 +42,7 @@ def check_identity(document: Document) -> None:
     checker.domains()
     checker.providers()
     checker.sources()
+    checker.notices()
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,24 @@ class _Checker:
             self._check_names(asked)
             self._check_domain(domain, asked)
             self._check_prefix((*source, "identity"))
+
+    def notices(self) -> None:
+        """Whoever tells of merged records has something here to tell of."""
+        told = isinstance(self._tree(("hl7",)), dict)
+        keys = ("patient_id_issuer", "identity", "coerce")
+        if told and not (
+            self._local.is_named
+            or self._entries
+            or self._tree(("proxy", "accession_issuer"))
+            or any(
+                self._tree((*source, key)) is not None for source in self._sources for key in keys
+            )
+        ):
+            self._fault(
+                ("hl7",),
+                "a listener while nothing is configured that its messages are about",
+                "local.patient_id_issuer, and cross_references, as well",
+            )
 
     def _check_names(self, asked: dict[YamlPath, str]) -> None:
         for path, name in asked.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
+from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Final, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
@@ -79,6 +79,9 @@ def _shape(path: YamlPath) -> str:
 
 
 def _section(annotation: Any) -> tuple[type[Section] | None, bool]:
+    if get_origin(annotation) is UnionType and NoneType in get_args(annotation):
+        # A section that means something by being left out.
+        annotation = next(one for one in get_args(annotation) if one is not NoneType)
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation, False
     if get_origin(annotation) is tuple:

@@ -19,6 +19,7 @@ from pydantic_core.core_schema import WithDefaultSchema
 
 from dicomproxy.config.document import Document, Tree, parse
 from dicomproxy.config.faults import ConfigError, Fault, YamlPath, closest, show_key, show_value
+from dicomproxy.config.hl7 import Hl7Section
 from dicomproxy.config.identity import CrossReferenceEntry
 from dicomproxy.config.keys import expected_at, known_keys
 from dicomproxy.config.model import LATER_KEYS, LATER_TYPES, Settings
@@ -112,6 +113,22 @@ def _resolve(settings: Settings, base: Path) -> Settings:
         state=_updated(settings.state, directory=_below(base, settings.state.directory)),
         audit=_updated(settings.audit, file=_below(base, settings.audit.file)),
         cross_references=tuple(_cross_reference(base, one) for one in settings.cross_references),
+        hl7=_hl7(base, settings.hl7) if settings.hl7 is not None else None,
+    )
+
+
+def _hl7(base: Path, section: Hl7Section) -> Hl7Section:
+    tls = section.tls
+    if tls is None:
+        return section
+    return _updated(
+        section,
+        tls=_updated(
+            tls,
+            certificate_file=base / tls.certificate_file,
+            key_file=_below(base, tls.key_file),
+            ca_file=_below(base, tls.ca_file),
+        ),
     )
 
 

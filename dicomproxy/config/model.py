@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Final, Literal
 
 from dicomproxy.config.coercion import CoercionSection
+from dicomproxy.config.hl7 import Hl7Section
 from dicomproxy.config.identity import (
     CrossReferenceEntry,
     DomainKey,
@@ -345,6 +346,9 @@ class Settings(Section):
     )
     identity: Annotated[IdentitySection, MAPPING] = section(
         "What is remembered of cross-references", {}
+    )
+    hl7: Annotated[Hl7Section | None, MAPPING] = key(
+        "Who tells that patients' records were merged or their IDs changed (default: nobody)", None
     )
     cache: CacheSection = key("The cache")
     state: Annotated[StateSection, MAPPING] = section("What is remembered", {})

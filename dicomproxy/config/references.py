@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from dicomproxy.config.coercion_references import check_coercion
 from dicomproxy.config.document import Document, Tree
 from dicomproxy.config.faults import YamlPath, closest, show_path, show_text, show_value
+from dicomproxy.config.hl7 import Hl7Section
 from dicomproxy.config.identity_references import check_identity
 from dicomproxy.config.model import CacheSection, ProxySection, WebSection
 from dicomproxy.config.section import Section
@@ -62,6 +63,7 @@ class _Checker:
         self._document = document
         self._proxy = self._entity(("proxy",), ProxySection)
         self._web = self._entity(("web",), WebSection)
+        self._hl7 = self._entity(("hl7",), Hl7Section)
         self._local = self._entity(("local",))
         self._workstations = list(self._entities("workstations"))
         self._callers = list(self._entities("callers"))
@@ -122,6 +124,10 @@ class _Checker:
                 self._fault(peer.at("port"), "the proxy's own host and port", "another address")
         if _same_socket(self._proxy, self._web):
             self._fault(self._web.at("port"), "the port of proxy.port", "a port of its own")
+        if self._tree(("hl7",)) is not None:
+            for other, name in ((self._proxy, "proxy.port"), (self._web, "web.port")):
+                if _same_socket(other, self._hl7):
+                    self._fault(self._hl7.at("port"), f"the port of {name}", "a port of its own")
         first: dict[tuple[object, ...], YamlPath] = {}
         for archive in (self._local, *self._sources):
             if archive.ae_title is None or archive.host is None or archive.port is None:

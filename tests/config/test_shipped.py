@@ -27,7 +27,7 @@ REST = (
     "local: {ae_title: LOCALPACS, host: 10.0.0.5, port: 104}",
     "cache: {directory: /var/cache/dicomproxy, max_size: 200GB}",
 )
-COMMENTED_KEY = re.compile(r"^( *)# ( *(?:- )?[a-z_]+:.*)$", re.MULTILINE)
+COMMENTED_KEY = re.compile(r"^( *)# ( *(?:- )?[a-z0-9_]+:.*)$", re.MULTILINE)
 
 
 def uncommented(text: str) -> str:
