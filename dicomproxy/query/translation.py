@@ -119,6 +119,7 @@ class Translation:
         self._known: Mapping[str, Sequence[Location]] = {}
         self._studies: dict[tuple[str, str], Identifier | None] = {}
         self._reported: set[tuple[str, str, str]] = set()
+        self._untold: set[PatientId] = set()
         self.patient = self._asked_for()
         keys = request.identifier
         told = self.patient is not None and all(tag in keys for tag in _DEMOGRAPHICS)
@@ -354,7 +355,13 @@ class Translation:
                 async with asyncio.timeout(self._local_seconds):
                     await self._local_taken.wait()
             self._local_seconds = 0.0
-        return await self._identity.demographics(patient)
+        if patient in self._untold and self._identity.known.of(patient) is None:
+            # A local PACS that hangs costs its deadline once an operation, not once a row.
+            return None
+        demographics = await self._identity.demographics(patient)
+        if demographics is None:
+            self._untold.add(patient)
+        return demographics
 
     async def _row_of_study(self, source: str, study: str) -> Identifier | None:
         """Return what *source* says of a study and its patient; None if it says nothing."""

@@ -330,6 +330,19 @@ async def test_a_local_pacs_that_fails_leaves_nothing_to_compare_with() -> None:
         assert uids(await it.answers(**KEYS)) == ["1.2"]
 
 
+@pytest.mark.parametrize("failure", [None, SourceError("local", Failure.TIMEOUT)])
+async def test_a_patient_whom_the_local_pacs_does_not_tell_is_asked_about_once_a_query(
+    failure: Exception | None,
+) -> None:
+    """Not for each row: one that hangs would cost its deadline as often."""
+    site = Site(ME)
+    site.local_failure = failure
+    studies = [there(f"1.{number}") for number in range(2, 42)]
+    async with bench(site, ScriptedLocal(), source("north", *studies)) as it:
+        assert len(uids(await it.answers(**KEYS))) == len(studies)
+    assert len(site.asked) == 1
+
+
 async def test_who_the_patient_is_is_learnt_from_the_same_query() -> None:
     """The local PACS is not asked again for what it just said, however fast the source is."""
     answered = asyncio.Event()
