@@ -11,10 +11,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Final, Protocol
 
 from dicomproxy.dataset.accession import Origin
-from dicomproxy.dataset.identifier import Identifier
+from dicomproxy.dataset.charset import UTF8
+from dicomproxy.dataset.identifier import CannotEncode, Identifier
 from dicomproxy.dataset.levels import PATIENT_ID, Level
 from dicomproxy.dataset.patient import Domain, PatientId
 from dicomproxy.identity.accession import AccessionNumbers, Shown
@@ -37,8 +39,18 @@ from dicomproxy.tasks import OwnerClosed, TaskOwner
 _DEMOGRAPHICS: Final = (PATIENT_NAME, PATIENT_BIRTH_DATE, PATIENT_SEX)
 _ISSUER_OF_PATIENT_ID: Final = 0x00100021
 _MOST_ASKED: Final = 64
+_ATTEMPTS: Final = 3
 
 _log = get_logger()
+
+
+class _Outdated(Enum):
+    """In place of an answer that was forgotten before it came."""
+
+    OUTDATED = auto()
+
+
+_Asked = Demographics | None | _Outdated
 
 
 class Part(Protocol):
@@ -101,7 +113,7 @@ class IdentityService:
         self._deadline_seconds = deadline_seconds
         self._parts = tuple(parts)
         self._forget_locations = forget_locations
-        self._asking: dict[PatientId, asyncio.Task[Demographics | None]] = {}
+        self._asking: dict[PatientId, asyncio.Task[_Asked]] = {}
         self._owner = TaskOwner("identity")
         identities.on_forget(self._forgotten)
 
@@ -126,42 +138,64 @@ class IdentityService:
         return self.domains.canonical_id(PatientId(value, self.domains.of(source)))
 
     def learn(self, row: Identifier) -> None:
-        """Remember what an answer of the local PACS says of its patient, if it says all."""
+        """Remember what an answer of the local PACS says of its patient, if it says all.
+
+        One with nothing to compare is taken only for a patient who is known already: an
+        archive that returns these keys empty below PATIENT level knows them all the same.
+        """
         patient = self.domains.patient_of(row, LOCAL)
         if patient is None or not self.domains.is_local(patient.domain):
             return
+        patient = self.domains.canonical_id(patient)
+        said = demographics_of(row)
+        if not said.comparable and self.known.of(patient) is None:
+            return
         if all(tag in row for tag in _DEMOGRAPHICS):
-            self.known.learn(self.domains.canonical_id(patient), demographics_of(row))
+            self.known.learn(patient, said)
 
     async def demographics(self, patient: PatientId) -> Demographics | None:
         """Return who a local patient is, as remembered or as the local PACS says now.
 
         None where it does not know them, or does not say in time. Never raises for a peer.
         """
-        if (known := self.known.of(patient)) is not None:
-            return known
-        task = self._asking.get(patient)
-        if task is None:
-            if len(self._asking) >= _MOST_ASKED:
-                _log.warning("local_patient_unknown", reason="too_many_lookups")
+        for _ in range(_ATTEMPTS):
+            if (known := self.known.of(patient)) is not None:
+                return known
+            task = self._asking.get(patient) or self._begin(patient)
+            if task is None:
                 return None
-            try:
-                task = self._owner.spawn(self._ask(patient), name="demographics")
-            except OwnerClosed:
+            # Not awaited itself: one who is cancelled must not cancel the others' answer.
+            await asyncio.wait((task,))
+            if task.cancelled():
                 return None
-            self._asking[patient] = task
-            task.add_done_callback(lambda _: self._asked(patient, task))
-        # Not awaited itself: one who is cancelled must not cancel the others' answer.
-        await asyncio.wait((task,))
-        return None if task.cancelled() else task.result()
+            if not isinstance(result := task.result(), _Outdated):
+                return result
+        _log.warning("local_patient_unknown", reason="changes_all_the_time")
+        return None
 
-    def _asked(self, patient: PatientId, task: asyncio.Task[Demographics | None]) -> None:
+    def _begin(self, patient: PatientId) -> asyncio.Task[_Asked] | None:
+        if len(self._asking) >= _MOST_ASKED:
+            _log.warning("local_patient_unknown", reason="too_many_lookups")
+            return None
+        try:
+            task = self._owner.spawn(self._ask(patient), name="demographics")
+        except OwnerClosed:
+            return None
+        self._asking[patient] = task
+        task.add_done_callback(lambda _: self._asked(patient, task))
+        return task
+
+    def _asked(self, patient: PatientId, task: asyncio.Task[_Asked]) -> None:
         if self._asking.get(patient) is task:
             del self._asking[patient]
 
-    async def _ask(self, patient: PatientId) -> Demographics | None:
+    async def _ask(self, patient: PatientId) -> _Asked:
         keys = Identifier()
-        keys.set_text(PATIENT_ID, patient.value)
+        try:
+            keys.set_text(PATIENT_ID, patient.value)
+        except CannotEncode:
+            keys = keys.with_character_set(UTF8)
+            keys.set_text(PATIENT_ID, patient.value)
         for tag in (*_DEMOGRAPHICS, _ISSUER_OF_PATIENT_ID):
             keys.set_empty(tag)
         rows = self._ask_local(SourceQuery(Level.PATIENT, keys, True))
@@ -178,8 +212,9 @@ class IdentityService:
         except Exception as error:
             _log.warning("local_patient_unknown", **error_fields(error))
             return None
-        # What was forgotten while it was on its way is asked for anew.
-        if found is not None and self._asking.get(patient) is asyncio.current_task():
+        if self._asking.get(patient) is not asyncio.current_task():
+            return _Outdated.OUTDATED  # forgotten while it was on its way
+        if found is not None:
             self.known.learn(patient, found)
         return found
 

@@ -56,6 +56,14 @@ async def test_the_local_pacs_is_asked_once_and_remembered() -> None:
     assert question.identifier.text(0x00100020) == PATIENT_ID
 
 
+async def test_an_id_beyond_ascii_is_asked_for_in_a_character_set_that_has_it() -> None:
+    """As the way back from a source can lead to one without a question that named it."""
+    async with site(HERE) as it:
+        assert await it.service.demographics(local("Ärztin-Ž")) is None
+    (question,) = it.asked
+    assert question.identifier.text(0x00100020) == "Ärztin-Ž"
+
+
 async def test_those_who_ask_at_the_same_time_share_one_question() -> None:
     """One of them giving up takes nothing from the others."""
     async with site(HERE, kind=Slow) as it, asyncio.TaskGroup() as group:
@@ -95,6 +103,28 @@ async def test_a_row_that_does_not_say_all_teaches_nothing() -> None:
         assert it.service.known.of(ME) == KNOWN
 
 
+@pytest.mark.parametrize(
+    ("name", "birth_date", "sex"),
+    [("", "", ""), (PATIENT_NAME, "", ""), (PATIENT_NAME, "1980", "O")],
+    ids=["nothing", "a name", "nothing valid"],
+)
+async def test_a_row_with_nothing_to_compare_does_not_keep_the_local_pacs_from_being_asked(
+    name: str, birth_date: str, sex: str
+) -> None:
+    """Many an archive returns these keys empty below PATIENT level."""
+    async with site(HERE) as it:
+        it.service.learn(patient_row(PATIENT_ID, name, birth_date, sex))
+        assert await it.service.demographics(ME) == KNOWN
+
+
+async def test_a_patient_without_birth_date_and_sex_is_asked_for_once() -> None:
+    """What the local PACS says when it is asked is all that it knows."""
+    async with site(patient_row(PATIENT_ID, PATIENT_NAME, "", "")) as it:
+        for _ in range(2):
+            assert await it.service.demographics(ME) == Demographics(PATIENT_NAME)
+    assert len(it.asked) == 1
+
+
 @pytest.mark.parametrize("failure", [SourceError("local", Failure.TIMEOUT), RuntimeError()])
 async def test_a_local_pacs_that_fails_is_nothing_known(failure: Exception) -> None:
     """And is asked again the next time."""
@@ -106,18 +136,36 @@ async def test_a_local_pacs_that_fails_is_nothing_known(failure: Exception) -> N
 
 
 @pytest.mark.parametrize("everything", [False, True])
-async def test_what_was_on_its_way_when_it_was_forgotten_is_not_remembered(
+async def test_what_was_on_its_way_when_it_was_forgotten_is_asked_for_again(
     everything: bool,
 ) -> None:
-    """The record may have been another one by then."""
+    """The record may have been another one by then: who waits for it gets the new one."""
     async with site(HERE, kind=Slow) as it, asyncio.TaskGroup() as group:
         assert isinstance(it, Slow)
         asking = group.create_task(it.service.demographics(ME))
         await it.reached.wait()
+        it.here = [patient_row(PATIENT_ID, "Merged", PATIENT_BIRTH_DATE, "M")]
         if everything:
             it.identities.forget_all()
         else:
             it.identities.forget(ME)
         it.gate.set()
-        await asking
+        merged = Demographics("Merged", PATIENT_BIRTH_DATE, "M")
+        assert await asking == merged
+        assert it.service.known.of(ME) == merged
+
+
+async def test_a_record_that_changes_all_the_time_is_nothing_known() -> None:
+    """What is out of date each time it comes is not taken."""
+
+    class Changing(Site):
+        async def ask(self, query: SourceQuery) -> AsyncIterator[Identifier]:
+            self.asked.append(query)
+            self.identities.forget(ME)
+            for row in self.here:
+                yield row
+
+    async with site(HERE, kind=Changing) as it:
+        assert await it.service.demographics(ME) is None
         assert it.service.known.of(ME) is None
+        assert 1 < len(it.asked) < 10
