@@ -7,7 +7,9 @@ fails is an error unless another one answers: an outage is never taken for
 given in spite of an outage, for a shorter time, errors not at all; lookups of
 the same patient under way at the same time are one. What a merge notice
 forgets is forgotten whole, by every ID that it hangs together with, and an
-answer on its way at that moment is asked for again. Everything held is bounded.
+answer on its way at that moment is asked for again. The notice may come before
+the cross-reference itself has heard it, so that for a while after it nothing is
+remembered of those IDs. Everything held is bounded.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ UNKNOWN_DOMAIN: Final = "unknown_domain"
 _ATTEMPTS: Final = 3
 _MOST_LOOKUPS: Final = 256
 _MOST_FORGOTTEN: Final = 1_000
+_MOST_UNSETTLED: Final = 20_000
 
 _log = get_logger()
 
@@ -121,6 +124,8 @@ class Identities:
         remember_none_seconds: how long it is remembered that there is none.
         most: answers remembered; beyond it the one not used longest is forgotten.
         deadline_seconds: for one cross-reference to answer, whatever its own deadlines.
+        settle_seconds: how long after :meth:`forget` answers about those IDs are not
+            remembered.
         clock: seconds that only go forward; the loop's by default.
     """
 
@@ -133,6 +138,7 @@ class Identities:
         remember_none_seconds: float = 30.0,
         most: int = 100_000,
         deadline_seconds: float = 5.0,
+        settle_seconds: float = 30.0,
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.domains = domains
@@ -141,9 +147,12 @@ class Identities:
         self._remember_none_seconds = remember_none_seconds
         self._most = most
         self._deadline_seconds = deadline_seconds
+        self._settle_seconds = settle_seconds
         self._clock = clock or (lambda: asyncio.get_running_loop().time())
         self._held: OrderedDict[_Question, tuple[float, tuple[PatientId, ...]]] = OrderedDict()
         self._touching: dict[PatientId, set[_Question]] = {}
+        # Forgotten lately, the longest ago first; until when nothing is remembered of them.
+        self._unsettled: OrderedDict[PatientId, float] = OrderedDict()
         self._flights: dict[_Question, _Flight] = {}
         self._running: set[_Flight] = set()
         self._callbacks: list[OnForget] = []
@@ -304,7 +313,16 @@ class Identities:
         self._held.move_to_end(question)
         return held[1]
 
+    def settled(self, *patients: PatientId) -> bool:
+        """Tell whether what is found now of *patients* may be remembered."""
+        now = self._clock()
+        while self._unsettled and next(iter(self._unsettled.values())) <= now:
+            self._unsettled.popitem(last=False)
+        return self._unsettled.keys().isdisjoint(patients)
+
     def _remember(self, question: _Question, found: _Found) -> None:
+        if not self.settled(question.patient, *found.ids):
+            return
         long = found.ids and not found.doubtful
         seconds = self._remember_seconds if long else self._remember_none_seconds
         self._drop(question)
@@ -336,7 +354,7 @@ class Identities:
 
         Every ID goes that is remembered as theirs, in every domain, by whichever
         of them the person was named. Answers that are on their way now are asked
-        for again.
+        for again, and those that come in the next moments serve once.
 
         Returns:
             All IDs that were forgotten, *patients* among them.
@@ -351,6 +369,7 @@ class Identities:
                 self._drop(question)
         if not gone:
             return frozenset()
+        self._unsettle(gone)
         for flight in self._running:
             flight.forget(gone)
         for reference in self._references():
@@ -358,6 +377,14 @@ class Identities:
                 reference.forget(patient)
         self._tell(frozenset(gone))
         return frozenset(gone)
+
+    def _unsettle(self, patients: Iterable[PatientId]) -> None:
+        until = self._clock() + self._settle_seconds
+        for patient in patients:
+            self._unsettled[patient] = until
+            self._unsettled.move_to_end(patient)
+        while len(self._unsettled) > _MOST_UNSETTLED:
+            self._unsettled.popitem(last=False)
 
     def forget_all(self) -> None:
         """Drop everything remembered: a whole cross-reference is another one now."""

@@ -31,6 +31,9 @@ from dicomproxy.identity.safety import Comparison, Demographics, Unverified, Ver
 from dicomproxy.retrieval.manifest import Manifest
 
 _REMEMBERED_SECONDS: Final = 60.0
+_UNSETTLED_SECONDS: Final = 1.0
+"""While a merge may not have reached the cross-reference yet."""
+
 _MOST_REMEMBERED: Final = 20_000
 
 
@@ -164,7 +167,9 @@ class Persons:
         local = (await settings.identities.here(patient, source)).value
         if len(self._remembered) >= _MOST_REMEMBERED:
             self._remembered = {}
-        self._remembered[source, patient] = now + _REMEMBERED_SECONDS, local
+        settled = settings.identities.settled(patient, self.local(local))
+        seconds = _REMEMBERED_SECONDS if settled else _UNSETTLED_SECONDS
+        self._remembered[source, patient] = now + seconds, local
         return local
 
     async def elsewhere(self, local_id: str, source: str) -> tuple[str, ...]:

@@ -425,8 +425,8 @@ async def test_answer_on_its_way_during_a_merge_is_asked_for_again(make: Make) -
 
     async with asyncio.timeout(10):
         assert await waiting == (north("N2"),)
-    assert await identities.elsewhere(ME, "north") == (north("N2"),)
     assert len(provider.asked) == 2
+    assert await identities.elsewhere(ME, "north") == (north("N2"),)
 
 
 async def test_who_asks_after_a_merge_does_not_wait_for_the_answer_before_it(make: Make) -> None:
@@ -540,3 +540,56 @@ async def test_forgetting_nobody_is_nothing(make: Make) -> None:
 
     assert identities.forget() == frozenset()
     assert told == []
+
+
+async def test_nothing_is_remembered_before_the_cross_reference_has_heard_of_a_merge(
+    make: Make,
+) -> None:
+    """It may answer for a while as before: that serves whoever asks, and nobody after them."""
+    clock = Clock()
+    provider = Scripted({ME, north("N1")}, {OTHER, north("N9")})
+    identities = make(provider, clock=clock, settle_seconds=30)
+    identities.forget(ME)
+    assert not identities.settled(north("N5"), ME)
+    assert await identities.elsewhere(ME, "north") == (north("N1"),)
+    provider.persons[0] = {ME, north("N2")}
+
+    assert await identities.elsewhere(ME, "north") == (north("N2"),)
+    assert repr(identities) == "<Identities 0 remembered, 0 under way>"
+    clock.now = 30
+    assert identities.settled(ME)
+    for _ in range(2):
+        assert await identities.elsewhere(ME, "north") == (north("N2"),)
+    assert len(provider.asked) == 3
+
+
+async def test_others_are_remembered_after_a_merge(make: Make) -> None:
+    """Whom a notice does not concern are looked up no more often for it."""
+    provider = Scripted({ME, north("N1")}, {OTHER, north("N9")})
+    identities = make(provider)
+    identities.forget(ME)
+
+    for _ in range(2):
+        assert await identities.elsewhere(OTHER, "north") == (north("N9"),)
+    assert len(provider.asked) == 1
+
+
+async def test_found_id_that_a_merge_named_is_not_remembered(make: Make) -> None:
+    """A notice that names the ID there counts as one that names the ID here."""
+    provider = Scripted({ME, north("N1")})
+    identities = make(provider)
+    identities.forget(north("N1"))
+
+    for _ in range(2):
+        assert await identities.elsewhere(ME, "north") == (north("N1"),)
+    assert len(provider.asked) == 2
+
+
+async def test_merges_kept_in_mind_are_bounded(make: Make) -> None:
+    """Of a flood of notices the latest count."""
+    identities = make(Scripted())
+    for number in range(25):
+        identities.forget(*(local(f"P{number}-{one}") for one in range(1000)))
+
+    assert identities.settled(local("P0-0"))
+    assert not identities.settled(local("P24-0"))

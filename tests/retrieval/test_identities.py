@@ -530,6 +530,25 @@ async def test_who_somebody_is_is_asked_again_after_a_minute(
     await site.identities.close()
 
 
+async def test_who_somebody_is_is_asked_again_soon_after_a_merge(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is found out before the cross-reference has heard of it does not last a minute."""
+    site = Site()
+    persons = Persons(site)
+    patient = persons.of_value("N1", "north")
+    assert patient is not None
+    site.identities.forget(local(sentinel.PATIENT_ID))
+    assert await persons.here(patient, "north") == sentinel.PATIENT_ID
+    site.reference.persons = [{local("OTHER"), north("N1")}]
+    loop = asyncio.get_running_loop()
+    later = loop.time() + 2
+    monkeypatch.setattr(loop, "time", lambda: later)
+    assert await persons.here(patient, "north") == "OTHER"
+    monkeypatch.undo()
+    await site.identities.close()
+
+
 async def test_delivery_begins_before_everything_is_listed(make: Make) -> None:
     """Once the archive has said whose study it is, nobody waits for the rest of its answers."""
     listing = asyncio.Event()
