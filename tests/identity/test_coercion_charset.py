@@ -25,6 +25,7 @@ from dicomproxy.dataset.patient import Domain, PatientId
 from dicomproxy.identity.accession import Shown
 from dicomproxy.identity.coercion import (
     Action,
+    Code,
     Coercer,
     CoercionSettings,
     LocalPatient,
@@ -205,6 +206,20 @@ def names(script: str) -> st.SearchStrategy[str]:
     )
 
 
+def coded(text: st.SearchStrategy[str]) -> st.SearchStrategy[Dataset]:
+    def made(value: str, meaning: str) -> Dataset:
+        code = Dataset()
+        code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning = value, "99N", meaning
+        return code
+
+    return st.builds(made, st.sampled_from(["1", "2", "3"]), text)
+
+
+def holding(script: str) -> list[Any]:
+    """Return character sets that hold a script, one of which may be that of an item alone."""
+    return [NAMES[script][0] or "ISO_IR 100", "ISO_IR 192"]
+
+
 @st.composite
 def objects(draw: st.DrawFn) -> Dataset:
     """Draw an object of one script, with or without each of the elements that are coerced."""
@@ -223,7 +238,8 @@ def objects(draw: st.DrawFn) -> Dataset:
     perhaps("OtherPatientIDs", word)
     perhaps("AccessionNumber", word)
     perhaps("StudyID", word)
-    perhaps("StudyDescription", text)
+    perhaps("StudyDescription", text | st.just("CT"))
+    perhaps("PatientComments", text | st.just("a\\b"))
     perhaps("InstitutionName", text)
     perhaps("InstanceCoercionDateTime", st.just("20200101"))
     perhaps("PlacerOrderNumberImagingServiceRequest", word)
@@ -235,17 +251,23 @@ def objects(draw: st.DrawFn) -> Dataset:
         made = []
         for values in drawn:
             item = Dataset()
+            if draw(st.integers(0, 3)) == 0:
+                item.SpecificCharacterSet = draw(st.sampled_from(holding(script)))
             for name, value in values.items():
                 setattr(item, name, value)
             made.append(item)
         elements[keyword] = Sequence(made)
 
+    codes = st.lists(coded(text), min_size=1, max_size=2).map(Sequence)
     items("OtherPatientIDsSequence", PatientID=text, IssuerOfPatientID=text)
+    items("IssuerOfPatientIDQualifiersSequence", UniversalEntityID=word)
+    items("ProcedureCodeSequence", CodeValue=st.sampled_from(["1", "2"]), CodeMeaning=text)
     items(
         "RequestAttributesSequence",
         AccessionNumber=word,
         RequestedProcedureID=word,
-        RequestedProcedureDescription=text,
+        RequestedProcedureDescription=text | st.just("CT"),
+        RequestedProcedureCodeSequence=codes,
     )
     items(
         "ReferencedRequestSequence",
@@ -254,6 +276,9 @@ def objects(draw: st.DrawFn) -> Dataset:
     )
     items("IssuerOfAccessionNumberSequence", LocalNamespaceEntityID=text)
     items("OriginalAttributesSequence", ModifyingSystem=text)
+    items("MACParametersSequence", MACAlgorithm=st.just("SHA256"))
+    items("ContributingEquipmentSequence", Manufacturer=text)
+    items("ContentSequence", TextValue=text, ConceptCodeSequence=codes)
     dataset = instance(rows=2, columns=2, **elements)
     dataset.file_meta.TransferSyntaxUID = UID(draw(st.sampled_from(SYNTAXES)))
     return dataset
@@ -282,6 +307,11 @@ def coercions(draw: st.DrawFn) -> tuple[LocalPatient, CoercionSettings, Any]:
                     Rule(Action.COPY, 0x00081030, "LO", other=0x00080080),
                     Rule(Action.REMOVE, 0x00081030, "LO"),
                     Rule(Action.PREFIX, 0x00080080, "LO", "N: "),
+                    Rule(Action.MAP, 0x00100040, "CS", table={"M": "F"}),
+                    Rule(Action.MAP, 0x00080080, "LO", table={"Örtlich": "出"}),
+                    Rule(Action.SET, 0x00104000, "LT", "a\\b ж"),
+                    Rule(Action.COPY, 0x00080090, "PN", other=0x00100010),
+                    Rule(Action.SET, 0x0008103E, "LO", "x", modalities=frozenset({"CT"})),
                 ]
             ),
             max_size=3,
@@ -292,6 +322,8 @@ def coercions(draw: st.DrawFn) -> tuple[LocalPatient, CoercionSettings, Any]:
         "DICOMPROXY",
         draw(st.sampled_from([Domain("NORTH"), Domain()])),
         study_description_prefix=draw(st.sampled_from(["", "[EXT] ", "[é] "])),
+        descriptions={"CT": draw(st.sampled_from(["Thorax", "Brust ö", "胸"]))},
+        procedure_codes={("1", "99N"): Code("9", "99HERE", draw(st.sampled_from(["a", "ж"])))},
         rules=tuple(rules),
         keep_study_id=draw(st.booleans()),
     )
@@ -319,8 +351,8 @@ def test_answers_and_objects_never_differ(
     row = Identifier.from_dataset(dataset)
     answer = coerce_answer(row, *coercion).to_dataset()
 
-    # What only an object has: the record, and when it was made.
-    for tag in (0x00080015, 0x04000561):
+    # What only an object has: the record and when it was made, who made it, and signatures.
+    for tag in (0x00080015, 0x0018A001, 0x04000561, 0x4FFE0001):
         for one in (found, answer):
             if tag in one:
                 del one[tag]
