@@ -23,11 +23,14 @@ from dicomproxy.hl7.client import MllpClient
 from dicomproxy.hl7.errors import Fault, MalformedMessage, MllpError
 from dicomproxy.hl7.message import Message, Place, parse
 from dicomproxy.hl7.writing import Header, message, segment
-from dicomproxy.identity.cx import UnreadableId, authority, components, read_ids
+from dicomproxy.identity.cx import MOST_IDS, UnreadableId, authority, components, read_ids
 from dicomproxy.ports import CrossReferenceError, Failure
 
 UNKNOWN_KEY: Final = "204"
 """Unknown key identifier, HL7 table 0357."""
+
+_MOST_SEGMENTS: Final = 100
+_MOST_ERRORS: Final = 100
 
 _FAILURES: Final = {
     Fault.UNREACHABLE: Failure.UNREACHABLE,
@@ -99,7 +102,8 @@ class PixCrossReference:
         try:
             question = self._question(patient, domain, control_id)
             found = await self._client.exchange(
-                question, lambda content: read_answer(content, control_id, domain)
+                question,
+                lambda content: read_answer(content, control_id, domain, patient.value),
             )
         except MalformedMessage as error:  # our own: a character set that lacks a character
             raise CrossReferenceError(Failure.PROTOCOL, error.reason) from None
@@ -134,8 +138,16 @@ class PixCrossReference:
 # ------------------------------------------------------------ reading an answer
 
 
-def read_answer(content: bytes, control_id: str, domain: Domain) -> tuple[PatientId, ...]:
+def read_answer(
+    content: bytes, control_id: str, domain: Domain, asked: str = ""
+) -> tuple[PatientId, ...]:
     """Return the IDs that an RSP^K23 gives for *domain* (ITI TF-2 3.9.4.2.2.6).
+
+    Args:
+        content: of the frame.
+        control_id: of the question, which is its query tag too.
+        domain: the one asked for.
+        asked: the ID asked about; an answer that repeats another one is not taken.
 
     Raises:
         CrossReferenceError: anything but "these" or "none".
@@ -144,6 +156,9 @@ def read_answer(content: bytes, control_id: str, domain: Domain) -> tuple[Patien
         answer = parse(content)
     except MalformedMessage as error:
         raise CrossReferenceError(Failure.PROTOCOL, error.reason) from None
+    if sum(1 for _ in answer.segments()) > _MOST_SEGMENTS:
+        # Each is looked up from the start: their number must not hold the loop up.
+        raise CrossReferenceError(Failure.PROTOCOL, "too_many_segments")
     if answer.get("MSA", 2) != control_id:
         raise CrossReferenceError(Failure.PROTOCOL, "wrong_control_id")
     accepted, status = answer.get("MSA", 1), answer.get("QAK", 2)
@@ -151,6 +166,8 @@ def read_answer(content: bytes, control_id: str, domain: Domain) -> tuple[Patien
         raise CrossReferenceError(Failure.PROTOCOL, "wrong_acknowledgement")
     if answer.get("QAK", 1) not in ("", control_id):
         raise CrossReferenceError(Failure.PROTOCOL, "wrong_query_tag")
+    if answer.get("QPD", 2) not in ("", control_id) or _repeats_another(answer, asked):
+        raise CrossReferenceError(Failure.PROTOCOL, "wrong_query_echo")
     if accepted != "AA" or status in ("AE", "AR"):
         # IHE says AE for an unknown key, table 0357 has it among the rejections: both occur.
         if _unknown_patient(answer):
@@ -163,6 +180,13 @@ def read_answer(content: bytes, control_id: str, domain: Domain) -> tuple[Patien
     if status != "OK":
         raise CrossReferenceError(Failure.PROTOCOL, "wrong_query_status")
     return _ids(answer, domain)
+
+
+def _repeats_another(answer: Message, asked: str) -> bool:
+    """Tell whether the question, as the answer repeats it, is about another ID."""
+    said = answer.get("QPD", 3).strip()
+    # One written in another character set than it says is not another ID.
+    return bool(asked and said) and REPLACEMENT not in said and said != asked.strip()
 
 
 def _ids(answer: Message, domain: Domain) -> tuple[PatientId, ...]:
@@ -187,7 +211,10 @@ def _ids(answer: Message, domain: Domain) -> tuple[PatientId, ...]:
 
 def _none(answer: Message) -> tuple[PatientId, ...]:
     """Return no IDs, unless the answer contradicts itself."""
-    if any(answer.get("PID", 3, repetition=one) for one in answer.repetitions("PID", 3)):
+    repetitions = answer.repetitions("PID", 3)
+    if len(repetitions) > MOST_IDS or any(
+        answer.get("PID", 3, repetition=one) for one in repetitions
+    ):
         raise CrossReferenceError(Failure.PROTOCOL, "contradictory_answer")
     return ()
 
@@ -221,7 +248,7 @@ def _errors(answer: Message) -> list[tuple[str, list[str]]]:
         if place.segment != "ERR":
             continue
         code = answer.get(place, 3)
-        places = answer.repetitions(place, 2) or range(1, 2)
+        places = answer.repetitions(place, 2)[:_MOST_ERRORS] or range(1, 2)
         found += [(code, _location(answer, place, repetition)) for repetition in places]
     return found
 

@@ -188,6 +188,7 @@ REPLIES: list[tuple[Reply, Failure, str]] = [
     (Reply(status="NF", message_type="ACK"), Failure.PROTOCOL, "wrong_message_type"),
     (Reply(status="NF", identifiers=["N-1^^^NORTH"]), Failure.PROTOCOL, "contradictory_answer"),
     (Reply(status="NF", identifiers=["", "N-1"]), Failure.PROTOCOL, "contradictory_answer"),
+    (Reply(status="NF", identifiers=[""] * 5_000), Failure.PROTOCOL, "contradictory_answer"),
     (Reply(), Failure.PROTOCOL, "answer_without_ids"),
     (Reply(identifiers=[]), Failure.PROTOCOL, "answer_without_ids"),
     (Reply(identifiers=["^^^NORTH", '""^^^NORTH']), Failure.PROTOCOL, "answer_without_ids"),
@@ -214,6 +215,32 @@ REPLIES: list[tuple[Reply, Failure, str]] = [
         Failure.PROTOCOL,
         "too_many_ids",
     ),
+    (
+        Reply(identifiers=["N-1^^^NORTH"], errors=["ZZZ|1"] * 20_000),
+        Failure.PROTOCOL,
+        "too_many_segments",
+    ),
+    # About somebody else, by what it repeats of the question.
+    (
+        Reply(identifiers=["N-9^^^NORTH"], query="QPD|IHE PIX Query||OTHER^^^HERE|^^^NORTH"),
+        Failure.PROTOCOL,
+        "wrong_query_echo",
+    ),
+    (
+        Reply(status="NF", query=f"QPD|IHE PIX Query|X|{PATIENT_ID}^^^HERE|^^^NORTH"),
+        Failure.PROTOCOL,
+        "wrong_query_echo",
+    ),
+    (
+        Reply(
+            "AE",
+            "AE",
+            errors=[f"ERR||QPD^1^3^1^1|{ERR_204}"],
+            query="QPD|IHE PIX Query||OTHER^^^HERE",
+        ),
+        Failure.PROTOCOL,
+        "wrong_query_echo",
+    ),
 ]
 
 
@@ -239,6 +266,9 @@ async def test_every_other_answer_is_an_error(reply: Reply, failure: Failure, re
         Reply(status="NF"),
         Reply(status="NF", identifiers=[""]),
         Reply(status="NF", tag=""),
+        Reply(status="NF", query=""),
+        Reply(status="NF", query="QPD|IHE PIX Query"),
+        Reply(status="NF", query=f"QPD||| {PATIENT_ID} "),
     ],
 )
 async def test_nobody_is_said_in_the_words_of_the_transaction(reply: Reply) -> None:

@@ -64,6 +64,8 @@ class Reply:
     message_type: str = "RSP^K23^RSP_K23"
     charset: str = ""
     codec: str = "utf-8"
+    query: str | None = None
+    """The QPD segment as repeated, as written; empty leaves it out, None repeats what came."""
 
     def written(self, question: Question) -> bytes:
         control_id = question.control_id if self.control_id is None else self.control_id
@@ -76,7 +78,8 @@ class Reply:
         ]
         if self.status is not None:
             lines.append(f"QAK|{tag}|{self.status}")
-        lines.append(next(line for line in question.text.split("\r") if line.startswith("QPD")))
+        asked = next(line for line in question.text.split("\r") if line.startswith("QPD"))
+        lines += [query] if (query := asked if self.query is None else self.query) else []
         if self.identifiers is not None:
             lines.append(f"PID|||{'~'.join(self.identifiers)}||^^^^^^S")
         return "".join(f"{line}\r" for line in lines).encode(self.codec)
