@@ -384,6 +384,26 @@ def test_the_record_says_who_changed_what_and_when() -> None:
     assert list(kept.OtherPatientIDsSequence) == []
 
 
+def test_the_proxy_is_among_the_contributing_equipment() -> None:
+    """Readers see that something was changed on the way, by whom and when, behind who was first."""
+    scanner = item(Manufacturer="SCANNERS", ContributionDateTime="20200101")
+    dataset = instance(ContributingEquipmentSequence=Sequence([scanner]))
+    found = coerced(dataset)
+
+    first, equipment = found.ContributingEquipmentSequence
+    assert first == scanner
+    (purpose,) = equipment.PurposeOfReferenceCodeSequence
+    assert (purpose.CodeValue, purpose.CodingSchemeDesignator, purpose.CodeMeaning) == (
+        "109103",
+        "DCM",
+        "Modifying Equipment",
+    )
+    assert equipment.Manufacturer
+    assert equipment.StationName == "DICOMPROXY"
+    assert equipment.ContributionDateTime == "20240203040506+0000"
+    assert previous(found).ContributingEquipmentSequence == Sequence([scanner])
+
+
 def test_an_unchanged_issuer_is_recorded_with_a_changed_id() -> None:
     """An ID without whose it is would be worth nothing."""
     dataset = instance(
