@@ -17,7 +17,7 @@ from itertools import accumulate
 from typing import Final, Protocol
 
 from dicomproxy.dataset.header import DEFLATED_EXPLICIT_VR_LITTLE_ENDIAN
-from dicomproxy.dataset.splice import Copy, Read, Rewritten, Splice
+from dicomproxy.dataset.splice import Copy, Read, Rewritten, Splice, SpliceError
 from dicomproxy.ports import InstanceReader
 
 HEAD_BYTES: Final = 64 * 1024
@@ -181,7 +181,11 @@ class _ChunkReader:
         return self._rewritten.total_bytes
 
     async def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """See the port; costs time in proportion to the offset unless that only grows."""
+        """See the port; costs time in proportion to the offset unless that only grows.
+
+        Raises:
+            OSError: the original cannot be read, or is not what it was.
+        """
         if not self._started or offset < self._begin:
             self._chunks, self._piece, self._begin = self._rewritten.chunks(), b"", 0
             self._started = True
@@ -191,7 +195,10 @@ class _ChunkReader:
             inside = offset - self._begin
             if inside >= len(self._piece):
                 self._begin += len(self._piece)
+                # A piece that is given up is lost: who reads on then has all made again.
+                self._started = False
                 self._piece = await self._next()
+                self._started = True
                 if not self._piece:
                     break
                 continue
@@ -202,7 +209,26 @@ class _ChunkReader:
     async def _next(self) -> bytes:
         following: Callable[[Iterator[bytes], bytes], bytes] = next
         async with self._threads:
-            return await asyncio.to_thread(following, self._chunks, b"")
+            making = asyncio.get_running_loop().run_in_executor(None, following, self._chunks, b"")
+            try:
+                return await asyncio.shield(making)
+            except asyncio.CancelledError:
+                # Who reads again, from the beginning, shares with it what has been inflated.
+                await _ended(making)
+                raise
+            except SpliceError:
+                raise OSError("the data set broke off") from None
 
     async def close(self) -> None:
         await self._reader.close()
+
+
+async def _ended(making: asyncio.Future[bytes]) -> None:
+    """Wait for a thread, however often the waiting task is cancelled."""
+    while not making.done():
+        try:
+            await asyncio.wait([making])
+        except asyncio.CancelledError:
+            continue
+    if not making.cancelled():
+        making.exception()  # seen

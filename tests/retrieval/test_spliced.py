@@ -186,6 +186,54 @@ async def test_original_that_breaks_off_is_an_error_or_a_short_read() -> None:
         await Splicing().open(short, EXPLICIT_VR_LITTLE_ENDIAN, rewriter())
 
 
+async def test_deflated_original_that_breaks_off_meanwhile_is_an_unreadable_one() -> None:
+    """What happens halfway is what senders are prepared for: the association is given up."""
+    made = Identifier()
+    made.set_text(ID, "N1")
+    made.put(Element(0x7FE00010, "OB", random.Random(5).randbytes(3_000_000)))
+    held, reader = await opened(
+        made.encode(DEFLATED_EXPLICIT_VR_LITTLE_ENDIAN), DEFLATED_EXPLICIT_VR_LITTLE_ENDIAN
+    )
+    buffer = bytearray(100_000)
+    assert await reader.read_into([memoryview(buffer)], 0) == 100_000
+    held.data = held.data[:1_000_000]
+    with pytest.raises(OSError, match="broke off"):
+        await reader.read_into([memoryview(bytearray(reader.size))], 100_000)
+
+
+async def test_piece_being_made_is_ended_before_another_is_begun() -> None:
+    """A read that is given up leaves no thread that shares what the next one uses."""
+    made = Identifier()
+    made.set_text(ID, "N1")
+    made.put(Element(0x7FE00010, "OB", random.Random(6).randbytes(6_000_000)))
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    class Slow(Held):
+        slow = False
+
+        async def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
+            if self.slow:
+                asked.set()
+                await go_on.wait()
+            return await super().read_into(buffers, offset)
+
+    data = made.encode(DEFLATED_EXPLICIT_VR_LITTLE_ENDIAN)
+    held = Slow(data)
+    async with asyncio.timeout(60):
+        reader = await Splicing().open(held, DEFLATED_EXPLICIT_VR_LITTLE_ENDIAN, rewriter())
+        held.slow = True
+        reading = asyncio.ensure_future(reader.read_into([memoryview(bytearray(500_000))], 0))
+        await asked.wait()
+        reading.cancel()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not reading.done()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        assert await read_all(reader, 4) == expected(data, DEFLATED_EXPLICIT_VR_LITTLE_ENDIAN)
+
+
 async def test_data_set_that_does_not_inflate() -> None:
     """Garbage where deflated data was due cannot be rewritten; no thread is left behind."""
     async with asyncio.timeout(60):
