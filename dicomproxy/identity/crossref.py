@@ -2,8 +2,9 @@
 
 Rules kept: of a source's cross-references the first that knows an ID answers,
 and a source has no ID for a patient only if each of them said so. One that
-fails is an error unless another one answers: an outage is never taken for
-"nobody". Answers are remembered for minutes, those without an ID, and those
+knows several and is to give none has answered too: no later one chooses between
+them. One that fails is an error unless another one answers: an outage is never
+taken for "nobody". Answers are remembered for minutes, those without an ID, and those
 given in spite of an outage, for a shorter time, errors not at all; lookups of
 the same patient under way at the same time are one. What a merge notice
 forgets is forgotten whole, by every ID that it hangs together with, and an
@@ -43,7 +44,7 @@ _log = get_logger()
 
 _LOOKUPS = Counter(
     "dicomproxy_cross_reference_lookups_total",
-    "Questions to a cross-reference, by what came of them: found, none or failed.",
+    "Questions to a cross-reference, by what came of them: found, none, or why it failed.",
     ["service", "outcome"],
 )
 _REMEMBERED = Counter(
@@ -267,7 +268,11 @@ class Identities:
             try:
                 ids = await self._ask(provider, question)
             except CrossReferenceError as error:
-                failure = failure or error
+                if error.reason == SEVERAL_IDS:
+                    return error
+                # That one does not know a domain hides no outage of another.
+                if failure is None or failure.reason == UNKNOWN_DOMAIN:
+                    failure = error
                 continue
             if ids:
                 return _Found(ids, doubtful=failure is not None)
@@ -291,7 +296,7 @@ class Identities:
                 _LOOKUPS.labels(provider.name, "found" if ids else "none").inc()
                 return ids
             failure = CrossReferenceError(Failure.PROTOCOL, reason)
-        _LOOKUPS.labels(provider.name, "failed").inc()
+        _LOOKUPS.labels(provider.name, _outcome(failure)).inc()
         _log.warning(
             "cross_reference_failed",
             service=provider.name,
@@ -405,6 +410,13 @@ class Identities:
     def _tell(self, gone: frozenset[PatientId] | None) -> None:
         for callback in self._callbacks:
             callback(gone)
+
+
+def _outcome(failure: CrossReferenceError) -> str:
+    """Return a failure as the metric has it: the two that are no outage by their own names."""
+    if failure.reason in (SEVERAL_IDS, UNKNOWN_DOMAIN):
+        return failure.reason
+    return failure.failure.value
 
 
 def _unusable(ids: Iterable[PatientId], domain: Domain) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 
 import pytest
+from prometheus_client import REGISTRY
 
 from dicomproxy.dataset.patient import Domain, PatientId
 from dicomproxy.identity.crossref import Identities, IdentityUnresolved, Provider
@@ -107,6 +109,67 @@ async def test_answer_in_spite_of_an_outage_counts(make: Make, log_watch: LogWat
         "unreachable",
         "down",
     )
+
+
+SEVERAL = CrossReferenceError(Failure.STATUS, "several_ids")
+NOT_THIS_DOMAIN = CrossReferenceError(Failure.STATUS, "unknown_domain")
+
+
+async def test_several_ids_that_are_to_be_none_are_not_chosen_from_by_another(make: Make) -> None:
+    """Who knows them has answered; the next might name the wrong one of them."""
+    first, second = Scripted(), Scripted({ME, north("N1")})
+    first.failure = SEVERAL
+    identities = make(first, second)
+
+    with pytest.raises(CrossReferenceError, match="several_ids"):
+        await identities.elsewhere(ME, "north")
+    with pytest.raises(IdentityUnresolved, match="several_local_ids"):
+        await identities.here(north("N1"), "north")
+    assert second.asked == []
+
+
+@pytest.mark.parametrize("failures", [(NOT_THIS_DOMAIN, OUTAGE), (OUTAGE, NOT_THIS_DOMAIN)])
+async def test_unknown_domain_hides_no_outage(
+    make: Make, failures: tuple[CrossReferenceError, CrossReferenceError]
+) -> None:
+    """An ID of nobody's domain is unresolved only if nobody was out of reach."""
+    chain = Scripted(), Scripted()
+    for one, failure in zip(chain, failures, strict=True):
+        one.failure = failure
+
+    with pytest.raises(CrossReferenceError, match="unreachable"):
+        await make(*chain).here(PatientId("X1", Domain("ELSEWHERE")), "north")
+
+
+@pytest.mark.parametrize(
+    ("failure", "outcome"),
+    [
+        (None, "none"),
+        (SEVERAL, "several_ids"),
+        (NOT_THIS_DOMAIN, "unknown_domain"),
+        (OUTAGE, "unreachable"),
+        (CrossReferenceError(Failure.TIMEOUT), "timeout"),
+        (CrossReferenceError(Failure.STATUS, "rejected"), "status"),
+    ],
+)
+async def test_each_outcome_is_counted_by_itself(
+    make: Make, failure: CrossReferenceError | None, outcome: str
+) -> None:
+    """Who watches can tell an outage from a table that lacks a domain, and both from nobody."""
+
+    def counted() -> float:
+        return (
+            REGISTRY.get_sample_value(
+                "dicomproxy_cross_reference_lookups_total", {"service": "p0", "outcome": outcome}
+            )
+            or 0.0
+        )
+
+    provider, before = Scripted(), counted()
+    provider.failure = failure
+    with suppress(CrossReferenceError):
+        await make(provider).elsewhere(ME, "north")
+    assert counted() == before + 1
 
 
 async def test_source_without_cross_references_knows_nobody(make: Make) -> None:
