@@ -1,17 +1,17 @@
 """Whose studies and instances these are: what a source says of a patient, in local terms.
 
 A flight agrees on one local patient, and every name that a holder, a listing or
-a header gives is first turned into the local ID it stands for. Rules kept: what
-is found out is remembered for a minute, since each retrieve checks anew and an
-instance's header is read where nobody can wait, and is forgotten with every
-merge notice; an ID that leads to no one local ID is nobody agreed on; an outage
-is never taken for either. A source that the site has told nothing about is
-taken at its word: its IDs are local ones.
+a header gives is first turned into the local ID it stands for. Rules kept: each
+retrieve asks anew, and nothing counts longer than the site has cross-references
+remembered; what was found last is at hand for an instance's header, which is
+read where nobody can wait, and is forgotten with every merge notice; an ID that
+leads to no one local ID is nobody agreed on; an outage is never taken for
+either. A source that the site has told nothing about is taken at its word: its
+IDs are local ones.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from typing import Final, Protocol
 
@@ -29,10 +29,6 @@ from dicomproxy.identity.domains import (
 )
 from dicomproxy.identity.safety import Comparison, Demographics, Unverified, Verdict, compare
 from dicomproxy.retrieval.manifest import Manifest
-
-_REMEMBERED_SECONDS: Final = 60.0
-_UNSETTLED_SECONDS: Final = 1.0
-"""While a merge may not have reached the cross-reference yet."""
 
 _MOST_REMEMBERED: Final = 20_000
 
@@ -77,7 +73,7 @@ class Persons:
 
     def __init__(self, identification: Identification | None = None) -> None:
         self.identification = identification
-        self._remembered: dict[tuple[str, PatientId], tuple[float, str]] = {}
+        self._remembered: dict[tuple[str, PatientId], str] = {}
         self.version = 0
         """Grows when something is forgotten: what was decided before no longer holds."""
         if identification is not None:
@@ -143,11 +139,13 @@ class Persons:
     # -------------------------------------------------------------- who that is
 
     def at_once(self, patient: PatientId, source: str) -> str | None:
-        """Return the local ID of a patient of *source* if it is known just now. For any thread."""
+        """Return the local ID of a patient of *source* as it was found last. For any thread.
+
+        None where it was not, or is forgotten. Whoever delivers asks :meth:`here`.
+        """
         if self.domains(source) is None:
             return patient.value
-        held = self._remembered.get((source, patient))
-        return held[1] if held is not None else None
+        return self._remembered.get((source, patient))
 
     async def here(self, patient: PatientId, source: str) -> str:
         """Return the local ID of a patient of *source*.
@@ -159,17 +157,14 @@ class Persons:
         settings = self.identification
         if settings is None or self.domains(source) is None:
             return patient.value
-        now = asyncio.get_running_loop().time()
-        held = self._remembered.get((source, patient))
-        if held is not None and held[0] > now:
-            return held[1]
-        self._remembered.pop((source, patient), None)
-        local = (await settings.identities.here(patient, source)).value
+        try:
+            local = (await settings.identities.here(patient, source)).value
+        except IdentityUnresolved:
+            self._remembered.pop((source, patient), None)
+            raise
         if len(self._remembered) >= _MOST_REMEMBERED:
             self._remembered = {}
-        settled = settings.identities.settled(patient, self.local(local))
-        seconds = _REMEMBERED_SECONDS if settled else _UNSETTLED_SECONDS
-        self._remembered[source, patient] = now + seconds, local
+        self._remembered[source, patient] = local
         return local
 
     async def elsewhere(self, local_id: str, source: str) -> tuple[str, ...]:
@@ -215,6 +210,6 @@ class Persons:
         return compare(await self.demographics(local_id), theirs)
 
     def _forget(self, gone: frozenset[PatientId] | None) -> None:
-        """Forget everything: a minute's memory is not worth telling who is concerned."""
+        """Forget everything: it is soon found again, and not worth telling who is concerned."""
         self._remembered = {}
         self.version += 1

@@ -10,8 +10,8 @@ import pytest
 from dicomproxy.dataset.header import EXPLICIT_VR_LITTLE_ENDIAN
 from dicomproxy.dataset.identifier import Identifier
 from dicomproxy.dataset.levels import Level, Root
-from dicomproxy.dataset.patient import PatientId
 from dicomproxy.identity.coercion import CoercionSettings
+from dicomproxy.identity.crossref import Identities, IdentityUnresolved, Provider
 from dicomproxy.identity.safety import Demographics, Unverified
 from dicomproxy.ports import CrossReferenceError, Failure, SourceQuery
 from dicomproxy.retrieval.coordinator import RetrieveOutcome, RetrieveRequest
@@ -504,36 +504,33 @@ async def test_id_of_another_issuer_is_not_remembered_as_the_sources_own(make: M
     assert {location.patient_id for location in await world.memory.find(STUDY)} == {""}
 
 
-async def test_who_somebody_is_is_asked_again_after_a_minute(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """It is remembered for the instances of a retrieve, not for the next day."""
-    site = Site()
+async def test_who_somebody_is_counts_no_longer_than_the_site_wants() -> None:
+    """Nothing is remembered beyond what is remembered of the cross-reference."""
+    site, moment = Site(), 0.0
+    chain = [Provider("regional", site.reference)]
+    domains = site.identities.domains
+    site.identities = Identities(
+        domains, {"north": chain}, remember_seconds=10, clock=lambda: moment
+    )
     persons = Persons(site)
     patient = persons.of_value("N1", "north")
     assert patient is not None
     assert await persons.here(patient, "north") == sentinel.PATIENT_ID
-    asked: list[str] = []
-
-    async def here(patient: PatientId, source: str) -> PatientId:
-        asked.append(source)
-        return local("OTHER")
-
-    monkeypatch.setattr(site.identities, "here", here)
+    site.reference.persons = [{local("OTHER"), north("N1")}]
     assert await persons.here(patient, "north") == sentinel.PATIENT_ID
-    loop = asyncio.get_running_loop()
-    later = loop.time() + 61
-    monkeypatch.setattr(loop, "time", lambda: later)
+    moment = 11
     assert await persons.here(patient, "north") == "OTHER"
-    assert asked == ["north"]
-    monkeypatch.undo()
+    assert persons.at_once(patient, "north") == "OTHER"
+    site.reference.persons = []
+    moment = 22
+    with pytest.raises(IdentityUnresolved):
+        await persons.here(patient, "north")
+    assert persons.at_once(patient, "north") is None
     await site.identities.close()
 
 
-async def test_who_somebody_is_is_asked_again_soon_after_a_merge(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """What is found out before the cross-reference has heard of it does not last a minute."""
+async def test_who_somebody_is_is_asked_again_soon_after_a_merge() -> None:
+    """What is found out before the cross-reference has heard of it does not last."""
     site = Site()
     persons = Persons(site)
     patient = persons.of_value("N1", "north")
@@ -541,11 +538,7 @@ async def test_who_somebody_is_is_asked_again_soon_after_a_merge(
     site.identities.forget(local(sentinel.PATIENT_ID))
     assert await persons.here(patient, "north") == sentinel.PATIENT_ID
     site.reference.persons = [{local("OTHER"), north("N1")}]
-    loop = asyncio.get_running_loop()
-    later = loop.time() + 2
-    monkeypatch.setattr(loop, "time", lambda: later)
     assert await persons.here(patient, "north") == "OTHER"
-    monkeypatch.undo()
     await site.identities.close()
 
 
