@@ -17,6 +17,7 @@ from dicomproxy.cache import DiskInstanceStore
 from dicomproxy.config import ConfigError, Settings, load
 from dicomproxy.dimse.layer import UpperLayer
 from dicomproxy.dimse.listener import Listener
+from dicomproxy.identity.notices import LiveIdentities
 from dicomproxy.logs import error_fields, get_logger
 from dicomproxy.retrieval.flights import Flights
 from dicomproxy.services.operations import Operations
@@ -33,6 +34,7 @@ from dicomproxy.wiring import (
     limits,
     timers,
 )
+from dicomproxy.wiring_hl7 import Hl7
 from dicomproxy.wiring_identity import read_secrets
 
 _CANCEL_SECONDS: Final = 5.0
@@ -52,6 +54,7 @@ _NEEDS_RESTART: Final[dict[str, Callable[[Settings], object]]] = {
     "retrieve.attempts": lambda settings: settings.retrieve.attempts,
     "retrieve.finish_abandoned": lambda settings: settings.retrieve.finish_abandoned,
     "retrieve.retry_pause": lambda settings: settings.retrieve.retry_pause,
+    "hl7": lambda settings: settings.hl7,
     "web": lambda settings: settings.web,
 }
 """Keys that a reload cannot change, each with how to read it."""
@@ -79,6 +82,8 @@ class Application:
         self.flights: Flights
         self.listener: Listener | None = None
         self.routing: Routing | None = None
+        self.identities = LiveIdentities()
+        self.hl7: Hl7 | None = None
         self._foundation: Foundation
 
     async def start(self) -> None:
@@ -122,8 +127,13 @@ class Application:
         self._stack.push_async_callback(self.layer.close, _FAREWELL_SECONDS)
         secrets = await asyncio.to_thread(read_secrets, settings)
         routing = self.routing = Routing(settings, self._foundation, secrets)
+        self.identities.add(routing.identity)
         self._stack.push_async_callback(self._close_routing)
         await routing.start()
+        if settings.hl7 is not None:
+            hl7 = self.hl7 = Hl7(settings.hl7, settings.state_directory, self.identities)
+            self._stack.push_async_callback(hl7.close)
+            await hl7.start()
         # What they fetch is told to stop while there are associations to say it on.
         self._stack.push_async_callback(self.flights.close)
         self._stack.push_async_callback(self._tasks.close)
@@ -149,7 +159,14 @@ class Application:
 
     async def _close_routing(self) -> None:
         if self.routing is not None:
-            await self.routing.close()
+            await self._end(self.routing)
+
+    async def _end(self, routing: Routing) -> None:
+        """Close a routing; until then it is told of merged records."""
+        try:
+            await routing.close()
+        finally:
+            self.identities.remove(routing.identity)
 
     # ----------------------------------------------------------------- running
 
@@ -247,8 +264,6 @@ class Application:
         except Exception as error:
             _log.error("reload_refused", **error_fields(error))
             return False
-        if self.draining:
-            return False  # it would take in the work that is being turned away
         started_with = self._started_with
         kept = [
             name for name, read in _NEEDS_RESTART.items() if read(settings) != read(started_with)
@@ -260,7 +275,18 @@ class Application:
         except Exception as error:
             _log.error("reload_refused", **error_fields(error))
             return False
-        await routing.start()
+        self.identities.add(routing.identity)
+        try:
+            await routing.start()
+        except BaseException as error:
+            await self._end(routing)
+            if not isinstance(error, Exception):
+                raise
+            _log.error("reload_refused", **error_fields(error))
+            return False
+        if self.draining:  # it would take in the work that is being turned away
+            await self._end(routing)
+            return False
         retired, self.routing = self.routing, routing
         self.settings = settings
         self.listener.acceptor = routing.acceptor
@@ -281,7 +307,7 @@ class Application:
                 async with asyncio.timeout(_RETIRED_SECONDS):
                     await self._foundation.flights.wait_unused(routing.sources)
         finally:
-            await routing.close()
+            await self._end(routing)
 
 
 def serve(settings: Settings, config_file: Path) -> int:

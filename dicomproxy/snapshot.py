@@ -15,6 +15,7 @@ from dicomproxy.sources.archive import Archive
 from dicomproxy.web import (
     CacheStatus,
     FailureStatus,
+    Hl7Status,
     OperationStatus,
     SourceStatus,
     StatusSnapshot,
@@ -62,6 +63,29 @@ def snapshot(application: Application) -> StatusSnapshot:
         ),
         failures=_failures(application.operations, archives),
         tasks=len(asyncio.all_tasks()),
+        hl7=_hl7(application),
+    )
+
+
+def _hl7(application: Application) -> Hl7Status | None:
+    hl7, notices = application.hl7, application.identities.stats
+    if hl7 is None:
+        return None
+    section, stats = hl7.section, hl7.stats
+    return Hl7Status(
+        address=f"{section.host}:{hl7.port or section.port}",
+        connections=hl7.connections,
+        max_connections=section.max_connections,
+        refused_connections=hl7.refused_connections,
+        acknowledged=stats.acknowledged,
+        refused=stats.refused,
+        waiting=stats.waiting,
+        set_aside=stats.set_aside,
+        merges=notices.merges,
+        updates=notices.updates,
+        unknown_domain=notices.unknown_domain,
+        last_notice_at=notices.last_at,
+        last_refused_at=stats.last_refused_at,
     )
 
 

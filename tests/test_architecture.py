@@ -27,7 +27,7 @@ LONGER_MODULES = {"dicomproxy.dataset.identifier": 620}
 
 BASE = {"logs", "tasks"}
 CORE = BASE | {"dataset", "ports"}
-COMPOSITION = {"app", "wiring", "wiring_identity", "snapshot"}
+COMPOSITION = {"app", "wiring", "wiring_hl7", "wiring_identity", "snapshot"}
 INNER = {"hl7", "identity", "query", "retrieval"}
 EDGES = {"audit", "cache", "destinations", "services", "sources", "state", "web"}
 

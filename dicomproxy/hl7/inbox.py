@@ -16,6 +16,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final, Protocol, TypeVar
 
@@ -72,6 +73,22 @@ class Subscriber(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class InboxStats:
+    """What became of messages so far; moments are seconds since 1970, 0 for never.
+
+    ``waiting`` are those acknowledged that are to be handled, ``set_aside`` those
+    that failed and wait for the next start.
+    """
+
+    acknowledged: int
+    refused: int
+    waiting: int
+    set_aside: int
+    last_acknowledged_at: float
+    last_refused_at: float
+
+
 class Inbox:
     """Takes messages for its subscribers. Used from one event loop.
 
@@ -108,6 +125,8 @@ class Inbox:
         self._idle = asyncio.Event()
         self._idle.set()
         self._set_aside = 0
+        self._acknowledged = self._refused = 0
+        self._last_acknowledged_at = self._last_refused_at = 0.0
         self._writing = 0
         self._started = False
         self._prefix = uuid.uuid4().hex[:8].upper()
@@ -115,6 +134,18 @@ class Inbox:
 
     def __repr__(self) -> str:
         return f"<Inbox {len(self._queue)} waiting, {self._set_aside} set aside>"
+
+    @property
+    def stats(self) -> InboxStats:
+        """What became of messages since it was made."""
+        return InboxStats(
+            self._acknowledged,
+            self._refused,
+            len(self._queue),
+            self._set_aside,
+            self._last_acknowledged_at,
+            self._last_refused_at,
+        )
 
     def subscribe(self, code: str, trigger: str, subscriber: Subscriber) -> None:
         """Have messages of a type, such as ``ADT`` and ``A40``, handed to *subscriber*.
@@ -164,9 +195,9 @@ class Inbox:
             message = await self._parsed(content)
             self._check(message)
         except UnknownCharacterSet:
-            return self._answer(_header(content), "AR", TABLE_VALUE_NOT_FOUND, "MSH^1^18")
+            return self._answer(self._header(content), "AR", TABLE_VALUE_NOT_FOUND, "MSH^1^18")
         except MalformedMessage:
-            return self._answer(_header(content), "AR", SEGMENT_SEQUENCE_ERROR)
+            return self._answer(self._header(content), "AR", SEGMENT_SEQUENCE_ERROR)
         except Refusal as refusal:
             code = "AR" if refusal.permanent else "AE"
             return self._answer(message, code, refusal.code, refusal.location)
@@ -209,8 +240,11 @@ class Inbox:
         fields: dict[str, Any] = {"outcome": code}
         if error is None:
             fields["operation"] = f"{message.code}^{message.trigger}"
+            self._acknowledged += 1
+            self._last_acknowledged_at = self._now().timestamp()
             _log.info("mllp_message", **fields)
         else:
+            self._note_refusal()
             _log.warning("mllp_message_refused", reason=f"{error} {location}".strip(), **fields)
         return acknowledgement(
             message,
@@ -220,6 +254,24 @@ class Inbox:
             error=error,
             location=location.split("^") if location else (),
         )
+
+    def _header(self, content: bytes) -> Message:
+        """Return what can be read of a message that cannot be read.
+
+        Raises:
+            MalformedMessage: not even that.
+        """
+        try:
+            return parse_header(content)
+        except MalformedMessage as error:
+            _ANSWERED.labels("malformed").inc()
+            self._note_refusal()
+            _log.warning("mllp_message_refused", reason=error.reason, bytes=len(content))
+            raise
+
+    def _note_refusal(self) -> None:
+        self._refused += 1
+        self._last_refused_at = self._now().timestamp()
 
     async def _keep(self, content: bytes) -> None:
         """Return once a message is on disk and in the queue.
@@ -304,17 +356,3 @@ class Inbox:
     async def _on_disk(self, work: Callable[..., T], *arguments: object) -> T:
         async with asyncio.timeout(self._disk_seconds):
             return await asyncio.get_running_loop().run_in_executor(self._disk, work, *arguments)
-
-
-def _header(content: bytes) -> Message:
-    """Return what can be read of a message that cannot be read.
-
-    Raises:
-        MalformedMessage: not even that.
-    """
-    try:
-        return parse_header(content)
-    except MalformedMessage as error:
-        _ANSWERED.labels("malformed").inc()
-        _log.warning("mllp_message_refused", reason=error.reason, bytes=len(content))
-        raise

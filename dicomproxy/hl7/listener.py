@@ -16,6 +16,8 @@ from collections.abc import Awaitable, Callable
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import Final
 
+from prometheus_client import Counter
+
 from dicomproxy.hl7.errors import FrameError, MalformedMessage
 from dicomproxy.hl7.framing import FrameReader, frame
 from dicomproxy.logs import bound_context, error_fields, get_logger
@@ -31,6 +33,12 @@ _READ_BYTES: Final = 64 * 1024
 _ACCEPT_PAUSE_SECONDS: Final = 1.0
 
 _log = get_logger()
+
+_REFUSED = Counter(
+    "dicomproxy_mllp_connections_refused_total",
+    "MLLP connections dropped before a byte was read, by reason: address or limit.",
+    ["reason"],
+)
 
 
 class MllpListener:
@@ -74,6 +82,13 @@ class MllpListener:
         self._accepting = TaskOwner("mllp-accept")
         self._tasks = TaskOwner("mllp")
         self._sockets: list[socket.socket] = []
+        self.refused = 0
+        """Connections dropped before a byte was read."""
+
+    @property
+    def connections(self) -> int:
+        """How many there are now."""
+        return len(self._tasks)
 
     def __repr__(self) -> str:
         return f"<MllpListener {len(self._tasks)} connections>"
@@ -114,6 +129,8 @@ class MllpListener:
                 continue
             address = str(peer[0])
             if reason := self._refusal(address):
+                self.refused += 1
+                _REFUSED.labels(reason).inc()
                 _log.warning("mllp_connection_refused", peer_address=address, reason=reason)
                 accepted.close()
                 continue
@@ -130,11 +147,9 @@ class MllpListener:
         self._tasks.spawn(self._serve(unserved, address), name=address).add_done_callback(ended)
 
     def _refusal(self, address: str) -> str:
-        if len(self._tasks) >= self._max_connections:
-            return "limit"
         if self._allow_from and not _within(address, self._allow_from):
             return "address"
-        return ""
+        return "limit" if len(self._tasks) >= self._max_connections else ""
 
     async def _serve(self, unserved: list[socket.socket], address: str) -> None:
         with bound_context(peer_address=address):

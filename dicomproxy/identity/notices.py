@@ -3,22 +3,40 @@
 ADT^A40 (ITI-8, merge: MRG-1 into PID-3) and ADT^A31 (ITI-10, update notification:
 PID-3 lists every ID the person has now). Both say that what is remembered of these
 IDs is out of date; neither is believed any further. Whoever remembers gets one
-notice after the other and may get the same one again.
+notice after the other and may get the same one again: not only those who serve what
+comes now, but those of a former configuration too, as long as they serve anybody.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from typing import Final
+
+from prometheus_client import Counter
 
 from dicomproxy.dataset.patient import Domain, PatientId
 from dicomproxy.hl7.errors import Refusal
 from dicomproxy.hl7.inbox import DATA_TYPE_ERROR, REQUIRED_FIELD_MISSING, Inbox
 from dicomproxy.hl7.message import Message, Place
 from dicomproxy.identity.cx import MOST_IDS, UNNAMED, UnreadableId, read_ids
+from dicomproxy.identity.domains import Domains, resolve
+from dicomproxy.identity.service import IdentityService
+from dicomproxy.logs import get_logger
 
-MERGE = ("ADT", "A40")
-UPDATE = ("ADT", "A31")
+MERGE: Final = ("ADT", "A40")
+UPDATE: Final = ("ADT", "A31")
+
+_UNKNOWN_DOMAIN: Final = "unknown_domain"
+
+_log = get_logger()
+
+_NOTICES = Counter(
+    "dicomproxy_identity_notices_total",
+    "Notices that records were merged or IDs changed, by what they made forgotten.",
+    ["operation", "outcome"],
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +60,8 @@ class IdentityNotices:
 
     Args:
         handler: awaited for each notice; if it raises, the message is handled again.
-        default: the domain of IDs that name none, as a hospital's own feed often sends.
+        default: the domain of IDs that name none, as a hospital's own feed often sends;
+            unnamed where *handler* knows better.
     """
 
     def __init__(
@@ -108,3 +127,97 @@ class IdentityNotices:
 
 def _successor(old: PatientId, surviving: tuple[PatientId, ...]) -> PatientId:
     return next((one for one in surviving if one.domain.matches(old.domain)), surviving[0])
+
+
+@dataclass(frozen=True, slots=True)
+class NoticeStats:
+    """How many notices were heeded; ``last_at`` in seconds since 1970, 0 for never.
+
+    ``unknown_domain`` counts those that named no domain that is known here.
+    """
+
+    merges: int = 0
+    updates: int = 0
+    unknown_domain: int = 0
+    last_at: float = 0.0
+
+
+class LiveIdentities:
+    """Everybody who remembers identities and still serves somebody; a handler of notices.
+
+    Used from one event loop. A notice is heeded by all of them in one step: nobody
+    answers from what another one has forgotten already.
+
+    Args:
+        now: seconds since 1970.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.time) -> None:
+        self._now = now
+        self._services: list[IdentityService] = []
+        self._counts = dict.fromkeys(("merge", "update", _UNKNOWN_DOMAIN), 0)
+        self._last_at = 0.0
+
+    def __repr__(self) -> str:
+        return f"<LiveIdentities {len(self._services)} services>"
+
+    @property
+    def stats(self) -> NoticeStats:
+        """What was heeded so far."""
+        counts = self._counts
+        return NoticeStats(
+            counts["merge"], counts["update"], counts[_UNKNOWN_DOMAIN], self._last_at
+        )
+
+    def add(self, service: IdentityService | None) -> None:
+        """Tell *service* of what comes from now on; None is nobody."""
+        if service is not None:
+            self._services.append(service)
+
+    def remove(self, service: IdentityService | None) -> None:
+        """Tell *service* no more; one that is not told is ignored."""
+        if service in self._services:
+            self._services.remove(service)
+
+    async def __call__(self, notice: IdentityNotice) -> None:
+        """Have everybody forget what *notice* names, and everything if nobody knows its domains.
+
+        Whoever fails does not keep the others from being told; the first error is
+        raised after that, so that the notice comes again.
+        """
+        count, known, errors = 0, not self._services, []
+        for service in tuple(self._services):
+            try:
+                forgotten = _forget(service, notice)
+            except Exception as error:
+                errors.append(error)
+                continue
+            count = max(count, forgotten)
+            known = known or forgotten > 0
+        if errors:
+            raise errors[0]
+        operation = "update" if notice.old is None else "merge"
+        outcome = "forgotten" if known else _UNKNOWN_DOMAIN
+        self._counts[operation] += 1
+        self._counts[_UNKNOWN_DOMAIN] += not known
+        self._last_at = self._now()
+        _NOTICES.labels(operation, outcome).inc()
+        _log.info("identity_notice", operation=operation, outcome=outcome, count=count)
+
+
+def _forget(service: IdentityService, notice: IdentityNotice) -> int:
+    """Return how many IDs were forgotten; none where all was, for want of a domain in common.
+
+    A sender that calls a domain otherwise than it is configured speaks of somebody whom
+    we may well know; who that is cannot be told.
+    """
+    domains: Domains = service.domains
+    patients = [
+        domains.canonical_id(PatientId(one.value, resolve(one.domain, domains.local)))
+        for one in notice.patient_ids
+    ]
+    ours = set(domains)
+    if not any(patient.domain in ours for patient in patients):
+        service.identities.forget_all()
+        return 0
+    return len(service.identities.forget(*patients))

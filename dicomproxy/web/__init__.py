@@ -6,6 +6,7 @@ from dicomproxy.web.server import WebServer
 from dicomproxy.web.status import (
     CacheStatus,
     FailureStatus,
+    Hl7Status,
     OperationStatus,
     SourceStatus,
     StatusSnapshot,
@@ -14,6 +15,7 @@ from dicomproxy.web.status import (
 __all__ = [
     "CacheStatus",
     "FailureStatus",
+    "Hl7Status",
     "OperationStatus",
     "SourceStatus",
     "StatusSnapshot",

@@ -18,6 +18,7 @@ from dicomproxy.ports import LOCAL
 from dicomproxy.web.status import (
     CacheStatus,
     FailureStatus,
+    Hl7Status,
     OperationStatus,
     SourceStatus,
     StatusSnapshot,
@@ -62,6 +63,7 @@ def render_page(snapshot: StatusSnapshot, now: float) -> str:
 {_sources(snapshot.sources, now)}
 {_operations(snapshot.operations)}
 {_cache(snapshot.cache)}
+{_hl7(snapshot.hl7, now)}
 {_failures(snapshot.failures)}
 </main>
 <footer>As of {_moment(now)}; renewed every {REFRESH_SECONDS} seconds.</footer>
@@ -172,6 +174,35 @@ def _cache(cache: CacheStatus) -> str:
             ("Hits / misses", f"{cache.hits} / {cache.misses}{ratio}"),
             ("Evictions", _text(cache.evictions)),
             ("Memory spool", spool),
+        ),
+    )
+
+
+def _hl7(hl7: Hl7Status | None, now: float) -> str:
+    if hl7 is None:
+        return ""
+    refused = _text(hl7.refused)
+    if hl7.refused:
+        refused = f'<span class="warn">{refused}</span>, the last {_ago(hl7.last_refused_at, now)}'
+    unheeded = _text(hl7.set_aside)
+    if hl7.set_aside:
+        unheeded = f'<span class="bad">{unheeded}, until the next start</span>'
+    foreign = _text(hl7.unknown_domain)
+    if hl7.unknown_domain:
+        foreign = f'<span class="warn">{foreign}: everything was forgotten</span>'
+    return _section(
+        "HL7 messages",
+        _facts(
+            ("Listening on", _text(hl7.address)),
+            ("Connections", _of(hl7.connections, hl7.max_connections)),
+            ("Connections refused", _text(hl7.refused_connections)),
+            ("Messages acknowledged", _text(hl7.acknowledged)),
+            ("Messages refused", refused),
+            ("Waiting", _text(hl7.waiting)),
+            ("Failed", unheeded),
+            ("Merges / updates heeded", f"{hl7.merges} / {hl7.updates}"),
+            ("Of an unknown domain", foreign),
+            ("Last notice", _ago(hl7.last_notice_at, now)),
         ),
     )
 

@@ -87,6 +87,25 @@ class FailureStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class Hl7Status:
+    """The listener for HL7 messages; counts since the start, moments since 1970, 0 for never."""
+
+    address: str
+    connections: int
+    max_connections: int
+    refused_connections: int
+    acknowledged: int
+    refused: int
+    waiting: int
+    set_aside: int
+    merges: int
+    updates: int
+    unknown_domain: int
+    last_notice_at: float
+    last_refused_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class StatusSnapshot:
     """Everything the page shows, at one moment."""
 
@@ -103,6 +122,7 @@ class StatusSnapshot:
     cache: CacheStatus
     failures: tuple[FailureStatus, ...] = ()
     tasks: int = 0
+    hl7: Hl7Status | None = None
 
     @property
     def state(self) -> str:
