@@ -7,6 +7,7 @@ same only if their domains are; a domain that is not named is none of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +32,26 @@ class Domain:
     def matches(self, other: Domain) -> bool:
         """Tell whether both name one authority.
 
-        The universal ID decides where both have one; else the namespace does.
+        The universal ID decides where both have one; else the namespace does. How its type
+        is written does not count, nor is that told apart in which case a UUID or a host is.
         """
         if self.universal_id and other.universal_id:
-            same_type = not (self.universal_id_type and other.universal_id_type) or (
-                self.universal_id_type == other.universal_id_type
-            )
-            return same_type and self.universal_id == other.universal_id
+            kinds = {_kind(one.universal_id_type) for one in (self, other)} - {""}
+            if len(kinds) > 1:
+                return False
+            if kinds & _WITHOUT_CASE:
+                return self.universal_id.casefold() == other.universal_id.casefold()
+            return self.universal_id == other.universal_id
         return bool(self.namespace) and self.namespace == other.namespace
+
+
+_WITHOUT_CASE: Final = frozenset({"DNS", "EUI64", "UUID"})
+
+
+def _kind(universal_id_type: str) -> str:
+    """Return a type of HL7 table 0301 in one spelling; GUID is another word for UUID."""
+    kind = universal_id_type.upper()
+    return "UUID" if kind == "GUID" else kind
 
 
 @dataclass(frozen=True, slots=True)

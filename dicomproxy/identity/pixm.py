@@ -219,7 +219,7 @@ def _identifiers(resource: dict[str, Any], target: str) -> tuple[str, ...]:
             raise CrossReferenceError(Failure.PROTOCOL, "wrong_resource")
         if REPLACEMENT in value:
             raise CrossReferenceError(Failure.PROTOCOL, "undecoded_id")
-        if identifier.get("system") == target:
+        if _same_system(identifier.get("system"), target):
             found[value.strip()] = None
         else:
             others += 1
@@ -227,6 +227,13 @@ def _identifiers(resource: dict[str, Any], target: str) -> tuple[str, ...]:
         # Asked for one domain and answered for others: says nothing about the person.
         raise CrossReferenceError(Failure.PROTOCOL, "answer_of_another_domain")
     return tuple(found)
+
+
+def _same_system(system: object, target: str) -> bool:
+    """Tell whether an answer's system is the one asked for; a UUID has no case (RFC 9562)."""
+    if isinstance(system, str) and target.startswith("urn:uuid:"):
+        return system.lower() == target
+    return system == target
 
 
 def _resource(body: bytes) -> dict[str, Any]:

@@ -184,7 +184,7 @@ DOMAIN = st.builds(
     Domain,
     namespace=st.sampled_from(["", "A", "B"]),
     universal_id=st.sampled_from(["", "1.1", "1.2"]),
-    universal_id_type=st.sampled_from(["", "ISO"]),
+    universal_id_type=st.sampled_from(["", "ISO", "iso"]),
 )
 
 
@@ -210,6 +210,29 @@ def test_canonical_domains_stay_as_they_are(
     assert domains.canonical(domains.canonical(asked)) == domains.canonical(asked)
     for number in range(len(others)):
         assert domains.canonical(domains.of(f"s{number}")) == domains.of(f"s{number}")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (("A", "1.2", "ISO"), ("B", "1.2", "iso"), True),
+        (("", "1.2", "ISO"), ("", "1.2", ""), True),
+        (("A", "1.2", "ISO"), ("A", "1.20", "ISO"), False),
+        (("", "1.2", "ISO"), ("", "1.2", "DNS"), False),
+        (("", "AB-cd", "UUID"), ("", "ab-CD", "guid"), True),
+        (("", "PIX.example", "DNS"), ("", "pix.Example", ""), True),
+        (("", "urn:A", "URI"), ("", "urn:a", "URI"), False),
+        (("A", "", ""), ("a", "", ""), False),
+        (("A", "1.2", "ISO"), ("A", "", ""), True),
+        (("", "", ""), ("", "", ""), False),
+    ],
+)
+def test_domains_are_compared_as_their_types_are_written(
+    one: tuple[str, str, str], other: tuple[str, str, str], same: bool
+) -> None:
+    """A manager that writes iso, or a UUID in capitals, means the same domain."""
+    assert Domain(*one).matches(Domain(*other)) is same
+    assert Domain(*other).matches(Domain(*one)) is same
 
 
 def test_issuer_is_read_whole() -> None:

@@ -127,6 +127,15 @@ async def test_what_a_token_gives_a_meaning_to_is_escaped() -> None:
         assert asked == "urn:oid:1.2.1|a\\|b\\,c\\$d\\\\e"
 
 
+async def test_a_domain_known_by_a_uuid_is_the_same_in_capitals() -> None:
+    """Managers write them either way."""
+    there = Domain("", "0F9A3C1E-0000-4000-8000-00000000ABCD", "UUID")
+    system = "URN:uuid:0F9A3C1E-0000-4000-8000-00000000ABCD"
+    async with region() as (manager, pixm):
+        answers(manager, response(200, parameters((system, "N-1"))))
+        assert await pixm.lookup(PATIENT, there) == (PatientId("N-1", there),)
+
+
 async def test_several_ids_are_all_taken_or_none() -> None:
     """As the site has decided; none is an error, not an empty answer."""
     async with region(several_ids=SeveralIds.ALL) as (_, pixm):
