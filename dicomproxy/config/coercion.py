@@ -26,7 +26,7 @@ def _attribute(value: object) -> Attribute:
 def _changeable(value: object) -> Attribute:
     found = _attribute(value)
     if not may_be_changed(found.tag, found.vr):
-        raise ValueError("identity, UIDs, and what describes pixels are not for rules")
+        raise ValueError("identity, UIDs, and what describes or places pixels are not for rules")
     return found
 
 

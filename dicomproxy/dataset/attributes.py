@@ -19,7 +19,7 @@ LONGEST: Final = {
     "IS": 12,
     "LO": 64,
     "LT": 10_240,
-    "PN": 194,
+    "PN": 194,  # three component groups of 64
     "SH": 16,
     "ST": 1024,
     "TM": 16,
@@ -40,6 +40,9 @@ _FORMS: Final = {
     "TM": re.compile(r"[0-9]{2,6}(\.[0-9]{1,6})?"),
 }
 _SINGLE_VALUED: Final = frozenset({"ST", "LT", "UT", "UR"})
+_NAME_GROUPS: Final = 3
+_NAME_GROUP_LENGTH: Final = 64
+_NAME_COMPONENTS: Final = 5
 
 
 class Attribute(NamedTuple):
@@ -71,10 +74,31 @@ def fits(vr: str, text: str) -> bool:
     if vr not in LONGEST or not text.isprintable():
         return False
     values = [text] if vr in _SINGLE_VALUED else text.split("\\")
+    return all(len(value) <= LONGEST[vr] and well_formed(vr, value) for value in values)
+
+
+def has_form(vr: str) -> bool:
+    """Tell whether not every text is a value of *vr*."""
+    return vr in _FORMS or vr == "AE"
+
+
+def well_formed(vr: str, value: str) -> bool:
+    """Tell whether one value has the form that *vr* asks for; an empty one has."""
+    if not value:
+        return True
+    if vr == "PN":
+        return _is_name(value)
+    if vr == "AE":
+        return value.isascii() and value.isprintable() and bool(value.strip())
     form = _FORMS.get(vr)
-    return all(
-        len(value) <= LONGEST[vr] and (not value or form is None or bool(form.fullmatch(value)))
-        for value in values
+    return form is None or bool(form.fullmatch(value))
+
+
+def _is_name(value: str) -> bool:
+    """Tell whether *value* is a name as PS3.5 6.2.1 has it."""
+    groups = value.split("=")
+    return len(groups) <= _NAME_GROUPS and all(
+        len(group) <= _NAME_GROUP_LENGTH and group.count("^") < _NAME_COMPONENTS for group in groups
     )
 
 
@@ -98,12 +122,33 @@ _FIXED: Final = frozenset(
         0x00101002,  # Other Patient IDs Sequence
     }
 )
+_PLACES: Final = frozenset(
+    {
+        0x00180050,  # Slice Thickness
+        0x00180088,  # Spacing Between Slices
+        0x00181114,  # Estimated Radiographic Magnification Factor
+        0x00181164,  # Imager Pixel Spacing
+        0x00182010,  # Nominal Scanned Pixel Spacing
+        0x00185100,  # Patient Position
+        0x00200020,  # Patient Orientation
+        0x00200030,  # Image Position
+        0x00200032,  # Image Position (Patient)
+        0x00200035,  # Image Orientation
+        0x00200037,  # Image Orientation (Patient)
+        0x00200060,  # Laterality
+        0x00200062,  # Image Laterality
+        0x00201041,  # Slice Location
+    }
+)
+"""What says where in the patient pixels are, how large, and on which side."""
 _GROUPS: Final = frozenset({0x0008, 0x0010, 0x0018, 0x0020, 0x0032, 0x0038, 0x0040})
 
 
 def may_be_changed(tag: int, vr: str) -> bool:
     """Tell whether a site's own rules may change the attribute.
 
-    Identity, UIDs, what describes pixels, and the record of changes are not for them.
+    Identity, UIDs, what describes or places pixels, and the record of changes are not
+    for them.
     """
-    return tag >> 16 in _GROUPS and tag not in _FIXED and vr in LONGEST
+    fixed = tag in _FIXED or tag in _PLACES
+    return tag >> 16 in _GROUPS and not fixed and vr in LONGEST
