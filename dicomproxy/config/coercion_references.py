@@ -10,13 +10,15 @@ from pydantic import TypeAdapter, ValidationError
 from dicomproxy.config.coercion import AnyAttribute
 from dicomproxy.config.document import Document, Tree
 from dicomproxy.config.faults import YamlPath, show_text
-from dicomproxy.dataset.attributes import LONGEST, Attribute, fits
+from dicomproxy.dataset.attributes import LONGEST, Attribute, fits, has_form
 
 _ATTRIBUTE: Final[TypeAdapter[Any]] = TypeAdapter(AnyAttribute)
 
 _NEEDED: Final = {"set": "value", "prefix": "value", "copy": "from_attribute", "map": "values"}
 _OPTIONS: Final = ("value", "from_attribute", "values")
 _ACTIONS: Final = (*_NEEDED, "remove")
+_PREFIXED: Final = frozenset({"AE", "CS"})
+"""VRs with a form that values keep behind a prefix."""
 
 
 def check_coercion(document: Document) -> None:
@@ -56,13 +58,34 @@ def _rule(document: Document, path: YamlPath, rule: dict[str, Tree]) -> None:
         _fits(document, (*path, "value"), rule.get("value"), attribute)
     elif action == "prefix":
         prefix = rule.get("value")
-        if isinstance(prefix, str) and len(prefix) >= LONGEST[attribute.vr]:
+        if has_form(attribute.vr) and attribute.vr not in _PREFIXED:
+            document.fault(
+                (*path, "attribute"),
+                f"{attribute.keyword} (VR {attribute.vr})",
+                "an attribute of text or codes, before which something can be put",
+            )
+        elif has_form(attribute.vr):
+            _fits(document, (*path, "value"), prefix, attribute)
+        elif isinstance(prefix, str) and len(prefix) >= LONGEST[attribute.vr]:
             expected = f"less than the {LONGEST[attribute.vr]} characters that it holds"
             document.fault((*path, "value"), f"{len(prefix)} characters", expected)
+    elif action == "copy":
+        _copies(document, (*path, "from_attribute"), rule.get("from_attribute"), attribute)
     elif action == "map":
         for number, entry in _members(rule, "values"):
             if isinstance(entry, dict):
                 _fits(document, (*path, "values", number, "local"), entry.get("local"), attribute)
+
+
+def _copies(document: Document, path: YamlPath, name: Tree, attribute: Attribute) -> None:
+    try:
+        origin: Attribute = _ATTRIBUTE.validate_python(name)
+    except ValidationError:
+        return  # reported elsewhere
+    if has_form(attribute.vr) and origin.vr != attribute.vr:
+        found = f"{origin.keyword} (VR {origin.vr})"
+        expected = f"an attribute of VR {attribute.vr}, as {attribute.keyword} is"
+        document.fault(path, found, expected)
 
 
 def _fits(document: Document, path: YamlPath, text: Tree, attribute: Attribute) -> None:

@@ -1,8 +1,9 @@
 """A site's own rules: what else becomes of the attributes of a source's objects. Pure.
 
 A rule changes one top-level attribute that is written as text. Rules are
-followed in their order, each seeing what those before it left. What identifies
-a patient or an object is none of their business: see
+followed in their order, each seeing what those before it left; one that would
+make a value which the VR does not have changes nothing. What identifies a
+patient or an object is none of their business: see
 :func:`dicomproxy.dataset.attributes.may_be_changed`.
 """
 
@@ -14,7 +15,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
 
-from dicomproxy.dataset.attributes import LONGEST
+from dicomproxy.dataset.attributes import LONGEST, well_formed
 from dicomproxy.dataset.identifier import Identifier
 
 _NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
@@ -82,7 +83,10 @@ class Rule:
         if new == values:
             return
         longest = LONGEST[self.vr]
-        work.set_text(self.tag, [value[:longest] for value in new], self.vr)
+        new = tuple(value[:longest] for value in new)
+        # A source may break rules of form; a site's own do not, nor fail for it.
+        if all(value in values or well_formed(self.vr, value) for value in new):
+            work.set_text(self.tag, new, self.vr)
 
 
 def prefixed(prefix: str, value: str, vr: str) -> str:

@@ -96,6 +96,22 @@ def test_nothing_said_changes_nothing_but_what_always_changes() -> None:
             "value",
             "less than the 16 characters",
         ),
+        (
+            "rules: [{action: prefix, attribute: BodyPartExamined, value: 'n: '}]",
+            "value",
+            "a value of BodyPartExamined (VR CS",
+        ),
+        (
+            "rules: [{action: prefix, attribute: ContentDate, value: '1'}]",
+            "attribute",
+            "an attribute of text or codes",
+        ),
+        (
+            "rules: [{action: copy, attribute: BodyPartExamined, from_attribute: ProtocolName}]",
+            "from_attribute",
+            "an attribute of VR CS, as BodyPartExamined is",
+        ),
+        ("rules: [{action: remove, attribute: Laterality}]", "attribute", "not for rules"),
         ("rules: [{action: cut, attribute: StationName}]", "action", "set or copy"),
         ("rules: [{action: remove, attribute: StationName, modalities: ct}]", "modal", "modality"),
         (

@@ -15,6 +15,7 @@ INSTITUTION = 0x00080080
 STATION = 0x00081010
 SERIES_DESCRIPTION = 0x0008103E
 BODY_PART = 0x00180015
+CONTENT_DATE = 0x00080023
 MODALITY = 0x00080060
 MODALITIES_IN_STUDY = 0x00080061
 
@@ -97,6 +98,37 @@ def test_values_are_cut_at_what_their_vr_holds() -> None:
 
     assert after(view, copied).text(STATION) == "x" * 16
     assert after(view, prefixed).text(INSTITUTION) == "prefix " + "x" * 57
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "expected"),
+    [
+        (Rule(Action.COPY, BODY_PART, "CS", other=INSTITUTION), "Ärzte", ("THORAX",)),
+        (Rule(Action.COPY, BODY_PART, "CS", other=INSTITUTION), "Chest", ("THORAX",)),
+        (Rule(Action.COPY, BODY_PART, "CS", other=INSTITUTION), "CHEST", ("CHEST",)),
+        (Rule(Action.PREFIX, BODY_PART, "CS", "n-"), "", ("THORAX",)),
+        (Rule(Action.COPY, CONTENT_DATE, "DA", other=INSTITUTION), "20200101", ("20200101",)),
+        (Rule(Action.COPY, CONTENT_DATE, "DA", other=INSTITUTION), "yesterday", ()),
+    ],
+)
+def test_a_rule_makes_no_value_that_its_vr_does_not_have(
+    rule: Rule, name: str, expected: tuple[str, ...]
+) -> None:
+    """It changes nothing then, and keeps no object from being delivered."""
+    view = object_()
+    view.set_text(INSTITUTION, name)
+
+    assert after(view, rule).values(rule.tag) == expected
+
+
+def test_a_rule_leaves_alone_what_a_source_wrote_wrong() -> None:
+    """Of several values that are there already, the odd ones stay as they are."""
+    view = object_()
+    view.set_text(BODY_PART, ["THORAX", "Head"], "CS")
+
+    changed = after(view, Rule(Action.MAP, BODY_PART, "CS", table={"THORAX": "CHEST"}))
+
+    assert changed.values(BODY_PART) == ("CHEST", "Head")
 
 
 @pytest.mark.parametrize(
