@@ -2,8 +2,8 @@
 
 Lengths are believed, values are not looked at. Encodings met in practice are
 followed: a data set or an item whose first element shows that its VRs are
-implicit where explicit ones were due, VRs that are none, and UN with undefined
-length. Rule kept: any bytes whatever give a position or :class:`SpliceError`,
+implicit where explicit ones were due, or the reverse, VRs that are none, and UN
+with undefined length. Rule kept: any bytes whatever give a position or :class:`SpliceError`,
 in bounded memory; nothing is read but the heads of elements.
 """
 
@@ -164,10 +164,18 @@ def top_encoding(window: Window, size_bytes: int, transfer_syntax_uid: str) -> E
 
 def item_encoding(window: Window, position: int, length: int, around: Encoding) -> Encoding:
     """Return how the elements of the item whose content is at *position* are written."""
-    if around.implicit or length < 8:
+    if length < 8:
         return around
     first = window.bytes(position, 8)
-    if is_vr(first[4:6]) or first[:2] in (b"\xfe\xff", b"\xff\xfe"):
+    code = first[4:6]
+    if around.implicit:
+        if code not in _KNOWN_VRS or first[:2] in (b"\xfe\xff", b"\xff\xfe"):
+            return around
+        (size,) = _LONG_LENGTH[around.big_endian](first, 4)
+        if length != UNDEFINED and size <= length - 8:
+            return around  # it may as well be a length, and is what is due
+        return Encoding(implicit=False, big_endian=around.big_endian)
+    if is_vr(code) or first[:2] in (b"\xfe\xff", b"\xff\xfe"):
         return around  # as announced, or empty: a delimiter has no VR
     return Encoding(implicit=True, big_endian=around.big_endian)
 

@@ -442,6 +442,31 @@ def test_items_with_implicit_vrs_are_read_where_explicit_ones_are_due(undefined:
     assert spliced(data, EXPLICIT_VR_LITTLE_ENDIAN, NEW_ID) == NEW_PATIENT + sequence + PIXELS
 
 
+@pytest.mark.parametrize("syntax", UNCOMPRESSED[:2])
+@pytest.mark.parametrize("delimited", [True, False])
+def test_items_with_explicit_vrs_are_stepped_over_where_implicit_ones_are_due(
+    delimited: bool, syntax: str
+) -> None:
+    """As in a UN of undefined length that keeps the VRs of what was there before."""
+    inner = explicit(0x00080100, b"SH", b"ABCD") + explicit(0x00080102, b"SH", b"99X ")
+    inner += explicit(0x00081199, b"SQ", b"", 0)
+    end = b"\xfe\xff\xdd\xe0\0\0\0\0"
+    if delimited:
+        items = struct.pack("<HHL", 0xFFFE, 0xE000, 0xFFFFFFFF) + inner
+        items += b"\xfe\xff\x0d\xe0\0\0\0\0" + end
+    else:
+        items = struct.pack("<HHL", 0xFFFE, 0xE000, len(inner)) + inner + end
+    sequence = explicit(0x00091010, b"UN", items, 0xFFFFFFFF)
+    before, old, new = MODALITY, PATIENT, NEW_PATIENT
+    if syntax == IMPLICIT_VR_LITTLE_ENDIAN:
+        sequence = struct.pack("<HHL", 0x0009, 0x1010, 0xFFFFFFFF) + items
+        before = struct.pack("<HHL", 0x0008, 0x0060, 2) + b"CT"
+        old = struct.pack("<HHL", 0x0010, 0x0020, 4) + b"OLD "
+        new = struct.pack("<HHL", 0x0010, 0x0020, 4) + b"NEW1"
+
+    assert spliced(before + sequence + old, syntax, NEW_ID) == before + sequence + new
+
+
 # ------------------------------------------------------------------ size and bounds
 
 

@@ -215,6 +215,36 @@ CODES, MEANING, COMMENTS = 0x00081032, 0x00080104, 0x00104000
             element(CODES, b"UN", implicit(ITEM, implicit(MEANING, NEW))),
         ),
         (element(MEANING, b"UN", OLD), element(MEANING, b"UN", NEW)),
+        # Or explicit against the rule, as its first element shows.
+        (
+            element(
+                CODES,
+                b"UN",
+                implicit(ITEM, element(MEANING, b"LO", OLD) + implicit(ITEM_END, b""), UNDEFINED)
+                + implicit(SEQUENCE_END, b""),
+                UNDEFINED,
+            ),
+            element(
+                CODES,
+                b"UN",
+                implicit(ITEM, element(MEANING, b"LO", NEW) + implicit(ITEM_END, b""), UNDEFINED)
+                + implicit(SEQUENCE_END, b""),
+                UNDEFINED,
+            ),
+        ),
+        # A length that looks like a VR is a length where it fits.
+        (
+            element(
+                CODES,
+                b"UN",
+                implicit(ITEM, implicit(0x00091001, bytes(20300)) + implicit(MEANING, OLD)),
+            ),
+            element(
+                CODES,
+                b"UN",
+                implicit(ITEM, implicit(0x00091001, bytes(20300)) + implicit(MEANING, NEW)),
+            ),
+        ),
         # What is not text, or what nobody knows, or cannot be read, stays.
         (element(0x7FE00010, b"OW", OLD), element(0x7FE00010, b"OW", OLD)),
         (element(0x00091001, b"UN", OLD), element(0x00091001, b"UN", OLD)),
