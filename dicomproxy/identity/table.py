@@ -5,8 +5,9 @@ neither the size of the table nor its being read again is felt. A new content is
 in force at once and whole, or not at all: a table with any fault is refused,
 which is logged with line numbers, and the one before stays in force. A file
 that is still being written is left until it has kept still between two looks;
-it is best replaced by renaming. While there is no table to answer from, every
-lookup fails: that is an outage, not a patient without an ID.
+it is best replaced by renaming. Lookups wait for the first table, as long as
+they may; where there is none to answer from they fail: that is an outage, not a
+patient without an ID.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sqlite3
 import stat
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -125,6 +127,7 @@ class TableCrossReference:
         self._deadline_seconds = deadline_seconds
         self._table: _Table | None = None
         self._failure = CrossReferenceError(Failure.BUSY, "table_loading")
+        self._concluded = asyncio.Event()  # whether there is a table, or why there is none
         self._seen: _Signature | None = None  # at the last look
         self._tried: _Signature | None = None  # what is in force, or was refused
         self._waiting = 0
@@ -168,6 +171,7 @@ class TableCrossReference:
         await self._owner.close()
         table, self._table = self._table, None
         self._failure = CrossReferenceError(Failure.ABORTED, "closing")
+        self._concluded.set()
         if table is not None:
             self._lookups.submit(table.index.close)
         # Not waited for: a disk that hangs must not keep the program from ending.
@@ -183,9 +187,7 @@ class TableCrossReference:
             CrossReferenceError: there is no usable table, it does not know one of
                 the domains, or the disk failed.
         """
-        table = self._table
-        if table is None:
-            raise CrossReferenceError(self._failure.failure, self._failure.reason)
+        table = self._table or await self._first_table()
         asked = self._domains.canonical_id(patient)
         wanted = self._domains.canonical(domain)
         if asked.domain == wanted:
@@ -208,6 +210,17 @@ class TableCrossReference:
 
     def forget(self, patient: PatientId) -> None:
         """Do nothing: nothing is remembered but what the table says."""
+
+    async def _first_table(self) -> _Table:
+        """Wait for the table that is being read, as after a start or a reload."""
+        try:
+            async with asyncio.timeout(self._deadline_seconds):
+                await self._concluded.wait()
+        except TimeoutError:
+            pass
+        if self._table is None:
+            raise CrossReferenceError(self._failure.failure, self._failure.reason)
+        return self._table
 
     def _is_local(self, domain: Domain) -> bool:
         return domain == self._domains.local
@@ -248,6 +261,7 @@ class TableCrossReference:
         """Have the index made again from the table."""
         self._table = None
         self._failure = CrossReferenceError(Failure.BUSY, "table_loading")
+        self._concluded.clear()
         self._tried = None
         # Each in its thread, before the next look is.
         self._lookups.submit(table.index.close)
@@ -284,7 +298,7 @@ class TableCrossReference:
         try:
             if signature == self._tried and not self._unreadable:
                 return True
-            if self._table is not None and signature != seen:
+            if signature != seen and (self._table is not None or _is_fresh(signature)):
                 raise Changing
             table = await self._in_build_thread(lambda: self._load(signature))
         except (Changing, Stopped):
@@ -331,6 +345,7 @@ class TableCrossReference:
 
     def _take(self, table: _Table) -> None:
         before, self._table = self._table, table
+        self._concluded.set()
         _REFUSED.labels(self._name).set(0)
         _LINKS.labels(self._name).set(table.index.links)
         _log.info("cross_reference_table_loaded", service=self._name, count=table.index.links)
@@ -344,6 +359,7 @@ class TableCrossReference:
     def _refuse(self, failure: CrossReferenceError, faults: tuple[TableFault, ...]) -> None:
         if self._table is None:
             self._failure = failure
+        self._concluded.set()
         _REFUSED.labels(self._name).set(1)
         _log.error(
             "cross_reference_table_refused",
@@ -357,6 +373,7 @@ class TableCrossReference:
     def _failed(self, error: OSError | sqlite3.Error) -> None:
         if self._table is None:
             self._failure = CrossReferenceError(Failure.UNREACHABLE, "table_unreadable")
+        self._concluded.set()
         if self._unreadable:
             return  # said already; it is tried again at every look
         self._unreadable = True
@@ -380,6 +397,11 @@ def _signature(file: Path) -> _Signature:
         # A pipe or a device may never end, or never begin.
         raise OSError(errno.EINVAL, "not a file")
     return found.st_mtime_ns, found.st_size, found.st_ino, found.st_dev
+
+
+def _is_fresh(signature: _Signature) -> bool:
+    """Tell whether a file was written to so lately that it may not be finished."""
+    return time.time_ns() - signature[0] < _SETTLE_SECONDS * 1e9
 
 
 def _open(index: Path, domains: Domains) -> _Table:

@@ -16,12 +16,15 @@ form a cell may be empty. Text is UTF-8; commas, semicolons or tabs separate,
 whichever the header row has; quotes as in every CSV file.
 
 Rules kept: a fault names a line, never a value, since values are patients'. The
-file is never in memory, whatever its size, nor is a line beyond a limit.
+file is never in memory, whatever its size, nor is a line beyond a limit. A table
+that links nobody is refused: an export that failed must not look like a region
+in which nobody has priors.
 """
 
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final, NamedTuple, Protocol
 
@@ -30,6 +33,9 @@ LONGEST_ID: Final = 64
 
 MOST_FAULTS: Final = 20
 """Told at most; the rest of a file with so many is not read."""
+
+_SHORTENED: Final = re.compile(r"[0-9]([.,][0-9]+)?E\+[0-9]{2,}")
+"""A long number as a spreadsheet saves it: what it was is lost."""
 
 _LONGEST_LINE_BYTES: Final = 65_536
 _MOST_COLUMNS: Final = 256
@@ -130,10 +136,15 @@ class TableFile:
             OSError: the file cannot be read.
         """
         faults: list[TableFault] = []
+        found = False
         try:
-            yield from self._links(faults)
+            for link in self._links(faults):
+                found = True
+                yield link
         except _Unreadable as broken:
             faults.append(TableFault(broken.line, broken.problem))
+        if not found and not faults:
+            faults.append(TableFault(0, "not one ID, as after an export that failed"))
         if faults:
             raise TableError(faults)
 
@@ -198,6 +209,8 @@ def _problem(name: str, foreign_id: str, local_id: str) -> str:
             return f"no {what}"
         if len(value) > LONGEST_ID:
             return f"a {what} of more than {LONGEST_ID} characters"
+        if _SHORTENED.fullmatch(value):
+            return f"a {what} that a spreadsheet has shortened to a rounded number"
         # As a key a wild card would match other patients as well (PS3.4 C.2.2.2.4).
         if not value.isprintable() or not set(value).isdisjoint("\\*?"):
             return f"a character that no {what} has"

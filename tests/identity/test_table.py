@@ -101,6 +101,14 @@ def test_long_form_has_a_row_for_each_id(text: str) -> None:
         ('local,north\nL1,"N1\n', ["line 2: a quote that does not fit"]),
         (b"local,north\nL1,N1\nL2,\xff\n", ["line 3: bytes that are not UTF-8"]),
         (b"local,north\nL1," + b"9" * 70_000 + b"\n", ["line 2: more than 65536 bytes"]),
+        (
+            "local,north\nL1,1.23457E+11\n",
+            ["line 2: a foreign ID that a spreadsheet has shortened"],
+        ),
+        ("local;north\n1,23457E+11;N1\n", ["line 2: a local ID that a spreadsheet has shortened"]),
+        ("local,north\n", ["not one ID"]),
+        ("local_id,source,id\n", ["not one ID"]),
+        ("local,north\nL1,\n", ["not one ID"]),
         ("local,north\nL*,N1\n,N2\nL3\n", ["line 2: a char", "line 3: no loc", "line 4: 1 cel"]),
     ],
 )
@@ -112,6 +120,12 @@ def test_fault_names_the_line(text: str | bytes, faults: list[str]) -> None:
     told = [str(fault) for fault in refused.value.faults]
     assert len(told) == len(faults)
     assert all(one.startswith(start) for one, start in zip(told, faults, strict=True)), told
+
+
+@pytest.mark.parametrize("value", ["1E5", "12E+10", "E+10", "1.5e+11", "0815", "1E+1"])
+def test_what_only_resembles_a_shortened_number_is_an_id(value: str) -> None:
+    """An ID is text, whatever it looks like."""
+    assert links(f"local,north\n{value},N1\n") == [Link("north", "N1", value, 2)]
 
 
 def test_fault_names_no_value() -> None:
@@ -351,7 +365,7 @@ async def test_domain_that_the_table_does_not_know_is_an_error(start: Start) -> 
 
 async def test_long_form_knows_a_domain_before_anybody_is_in_it(start: Start) -> None:
     """Without a row for a domain nobody has an ID there; one never configured is an error."""
-    reference = await start("local_id,source,id\n")
+    reference = await start("local_id,source,id\nL2,south,S2\n")
 
     assert await reference.lookup(ME, NORTH) == ()
     with pytest.raises(CrossReferenceError, match="unknown_domain"):
@@ -522,10 +536,13 @@ async def test_table_that_vanishes_stays_in_force(start: Start, tmp_path: Path) 
     assert await reference.lookup(ME, NORTH) == (north("N1"),)
 
 
-async def test_table_is_not_answered_from_before_it_is_read(
+async def test_lookups_wait_for_the_first_table_as_long_as_they_may(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the first table is read, lookups fail at once, and start does not wait for it."""
+    """While it is read, start does not wait for it; who asks does, so that a reload costs nobody.
+
+    Who may not wait that long gets an error, and so does who waits when all is closed.
+    """
     go = threading.Event()
 
     def held(file: Path, stop: Callable[[], bool]) -> str:
@@ -534,16 +551,71 @@ async def test_table_is_not_answered_from_before_it_is_read(
 
     monkeypatch.setattr(table_module, "content_hash", held)
     file = write(tmp_path / "ids.csv", WIDE)
-    reference = TableCrossReference("regional", file, tmp_path / "state", DOMAINS)
-    await reference.start()
+    made = [
+        TableCrossReference(
+            f"regional{number}",
+            file,
+            tmp_path / "state",
+            DOMAINS,
+            look_seconds=0.01,
+            deadline_seconds=seconds,
+        )
+        for number, seconds in enumerate((60.0, 0.01, 60.0))
+    ]
+    patient, impatient, closed = made
+    for reference in made:
+        await reference.start()
     with pytest.raises(CrossReferenceError, match="table_loading"):
-        await reference.lookup(ME, NORTH)
-    go.set()
-    await until(lambda: reference.ready)
+        await impatient.lookup(ME, NORTH)
+    async with asyncio.TaskGroup() as group:
+        asking = group.create_task(patient.lookup(ME, NORTH))
+        given_up = group.create_task(failing(closed.lookup(ME, NORTH)))
+        await asyncio.sleep(0)
+        await closed.close()
+        assert await given_up == "aborted closing"
+        assert not asking.done()
+        go.set()
+        assert await asking == (north("N1"),)
+    for reference in made:
+        await reference.close()
+    with pytest.raises(CrossReferenceError, match="closing"):
+        await patient.lookup(ME, NORTH)
+
+
+async def failing(lookup: Awaitable[object]) -> str:
+    with pytest.raises(CrossReferenceError) as caught:
+        await lookup
+    return str(caught.value)
+
+
+async def test_first_table_that_was_written_to_a_moment_ago_must_keep_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a table could end in half an ID. One that was left alone is read at the first look."""
+    looks: list[int] = []
+    signature = table_module._signature
+
+    def seen(file: Path) -> tuple[int, int, int, int]:
+        looks.append(len(looks))
+        if len(looks) == 3:
+            write(file, WIDE)  # by renaming
+        return signature(file)
+
+    monkeypatch.setattr(table_module, "_signature", seen)
+    file = tmp_path / "ids.csv"
+    file.write_text(WIDE[:-2])
+    state = tmp_path / "state"
+    reference = TableCrossReference("a", file, state, DOMAINS, look_seconds=0.01)
+    await reference.start()
+    assert await reference.lookup(PatientId("S2", SOUTH), HOSPITAL) == (local("L2"),)
+    await reference.close()
+
+    looks[:] = range(3, 4)
+    os.utime(file, ns=(0, 0))
+    reference = TableCrossReference("b", file, state, DOMAINS, look_seconds=60)
+    await reference.start()
     assert await reference.lookup(ME, NORTH) == (north("N1"),)
     await reference.close()
-    with pytest.raises(CrossReferenceError, match="closing"):
-        await reference.lookup(ME, NORTH)
 
 
 async def test_lookups_go_on_while_a_table_is_read(
@@ -723,6 +795,7 @@ async def test_closing_gives_up_reading(tmp_path: Path, monkeypatch: pytest.Monk
 @given(
     st.lists(
         st.tuples(st.integers(0, 8), st.sampled_from(["north", "south"]), st.integers(0, 8)),
+        min_size=1,
         max_size=12,
     )
 )
