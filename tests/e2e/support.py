@@ -104,6 +104,7 @@ class Proxy:
         self.config = directory / "dicomproxy.yaml"
         self.log_path = directory / "dicomproxy.log"
         self.process: subprocess.Popen[bytes] | None = None
+        self.program = [sys.executable, "-m", "dicomproxy"]
         self.write()
 
     @property
@@ -128,7 +129,7 @@ class Proxy:
         """Start it and wait until it accepts associations."""
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "dicomproxy", "serve", "--config", str(self.config)],
+                [*self.program, "serve", "--config", str(self.config)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
