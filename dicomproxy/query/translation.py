@@ -350,7 +350,8 @@ class Translation:
         )
 
     async def _demographics(self, patient: PatientId) -> Demographics | None:
-        if self._local_seconds and self._identity.known.of(patient) is None:
+        # Whatever is remembered: it may have been corrected, and remote rows wait anyway.
+        if self._local_seconds:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._local_seconds):
                     await self._local_taken.wait()
