@@ -405,7 +405,8 @@ async def test_what_cannot_be_compared_is_shown_or_withheld_as_the_site_says(
     held = Held()
     unsaid = {"PatientBirthDate": "", "PatientSex": "O"}
     for one in (*held.north, *held.south):
-        one.update(unsaid)
+        for keyword, value in unsaid.items():
+            setattr(one, keyword, value)
     with_others = f"{TABLE}STRANGER-HERE,N-STRANGER,S-STRANGER\n"
     strangers = [ct("N-STRANGER"), ct("S-STRANGER")]
     held.north, held.south = [*held.north, *strangers[0]], [*held.south, *strangers[1]]
