@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
@@ -68,6 +70,13 @@ class _Domain:
         return bool(self.namespace) and self.namespace == other.namespace
 
 
+def _is_this_machine(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 class _Checker:
     def __init__(self, document: Document) -> None:
         self._document = document
@@ -97,6 +106,7 @@ class _Checker:
                 self._fault(path, "a domain without a name", "namespace, universal_id or both")
             if domain.universal_id and domain.universal_id_type == "ISO":
                 self._check_oid(domain)
+        self._check_namespaces()
 
     def providers(self) -> None:
         """Each cross-reference has a name of its own, and the keys of its type, no others."""
@@ -124,6 +134,7 @@ class _Checker:
                     self._fault(
                         (*path, present), f"{present} of type {kind}", "keys of that type alone"
                     )
+            self._check_secret(path, entry)
 
     def sources(self) -> None:
         """Each source has a way to the IDs of its domain, and a prefix where it needs one."""
@@ -201,6 +212,31 @@ class _Checker:
             self._fault(
                 (*identity, "accession"), "prefix without a prefix", "accession_prefix as well"
             )
+
+    def _check_namespaces(self) -> None:
+        """A namespace alone, as data sets may name an issuer, means one domain."""
+        known = [self._local]
+        for source in self._sources:
+            domain = self._domain((*source, "patient_id_issuer"))
+            if any(
+                domain.namespace and domain.namespace == one.namespace and not domain.matches(one)
+                for one in known
+            ):
+                self._fault(
+                    domain.path,
+                    "the namespace of another domain",
+                    "a namespace of its own, or none: data sets may name an issuer by it alone",
+                )
+            known.append(domain)
+
+    def _check_secret(self, path: YamlPath, entry: dict[str, Tree]) -> None:
+        """A secret leaves this machine under TLS only."""
+        url = entry.get("url")
+        if entry.get("authorization_file") is None or not isinstance(url, str):
+            return
+        plain = re.match(r"http://(?P<host>\[[^\]]*\]|[^:/]*)", url)
+        if plain is not None and not _is_this_machine(plain["host"].strip("[]")):
+            self._fault((*path, "authorization_file"), "a secret over http", "an https url")
 
     def _check_oid(self, domain: _Domain) -> None:
         try:

@@ -146,6 +146,28 @@ def test_files_are_relative_to_the_configuration(tmp_path: Path) -> None:
             "a universal_id for",
         ),
         (
+            text(
+                local=LOCAL.replace("HOSPITAL", "{namespace: PACS, universal_id: 1.2.3}"),
+                source=", patient_id_issuer: {namespace: PACS, universal_id: 1.2.4},"
+                " identity: {cross_reference: regional}",
+                rest=TABLE,
+            ),
+            "sources[0].patient_id_issuer",
+            "the namespace of another domain",
+            "a namespace of its own, or none",
+        ),
+        (
+            text(
+                local=WITH_OID,
+                source=", patient_id_issuer: {universal_id: 1.2.4},"
+                " identity: {cross_reference: mpi}",
+                rest=PIXM.replace("https", "http").replace("}]", ", authorization_file: f}]"),
+            ),
+            "cross_references[0].authorization_file",
+            "a secret over http",
+            "an https url",
+        ),
+        (
             text(local=LOCAL.replace("HOSPITAL", "{universal_id_type: ISO}")),
             "local.patient_id_issuer",
             "a domain without a name",
@@ -234,6 +256,17 @@ def test_contradiction_is_a_fault(written: str, path: str, found: str, expected:
     assert path in shown, str(refused.value)
     assert found in shown[path].found
     assert expected in shown[path].expected
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:8080", "localhost", "[::1]:80"])
+def test_secret_for_a_program_on_this_machine_needs_no_tls(host: str) -> None:
+    """Something beside the proxy may put the TLS around it."""
+    read(
+        local=WITH_OID,
+        source=", patient_id_issuer: {universal_id: 1.2.4}, identity: {cross_reference: fhir}",
+        rest="cross_references:\n  - {name: fhir, type: pixm, authorization_file: f,"
+        f" url: 'http://{host}/fhir'}}\n",
+    )
 
 
 def test_domain_written_twice_is_one() -> None:
