@@ -26,6 +26,12 @@ _DEFAULT_CODEC: Final = "latin_1"  # a superset of ISO-IR 6, so that stray bytes
 _STANDARD_TERM: Final = re.compile(r"ISO[ _-]?(2022[ _-]?)?IR[ _-]?(\d+)")
 _ESCAPE: Final = re.compile(rb"\x1b(?:\$[()]?.|[(),\-./].)", re.DOTALL)
 _ESCAPES_ITSELF: Final = frozenset({"iso2022_jp", "iso2022_jp_2"})
+_JIS_X_0201: Final = "shift_jis"  # which the codec has among much else
+_NOT_ASCII_IN_JIS: Final = frozenset("¥‾")
+"""What JIS X 0201 has in the places of a backslash, which ends a value, and of a tilde."""
+_NO_CODEC: Final = ""
+_TO_ASCII: Final = b"\x1b(B"
+_TO_JIS_X_0201: Final = b"\x1b(J"
 # Code extensions end at these, and start anew behind them (PS3.5 6.1.2.5.3).
 _DELIMITERS: Final = b"\\\r\n\t\x0c"
 _NAME_DELIMITERS: Final = _DELIMITERS + b"^="
@@ -57,6 +63,17 @@ def _codecs(terms: tuple[str, ...]) -> tuple[str, ...]:
         known = normalise(term)
         name = python_encoding.get(known, "") if known else ""
         names.append(_DEFAULT_CODEC if name in ("", "iso8859") else name)
+    return tuple(names)
+
+
+@lru_cache(maxsize=256)
+def _encoders(terms: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the codec with which each term is written, :data:`_NO_CODEC` where ASCII is all."""
+    names = []
+    for term in terms:
+        known = normalise(term)
+        name = python_encoding.get(known, "") if known else ""
+        names.append(_NO_CODEC if name in ("", "iso8859") else name)
     return tuple(names)
 
 
@@ -104,9 +121,9 @@ def encode(text: str, terms: tuple[str, ...], vr: str = "LO") -> bytes:
     """
     if text.isascii():
         return text.encode("ascii")
-    if not any(normalise(term) for term in terms):
+    codecs = _encoders(terms)
+    if not any(codecs):
         raise CannotEncode("beyond the default repertoire")
-    codecs = _codecs(terms)
     if len(codecs) == 1 and codecs[0] not in _ESCAPES_ITSELF:
         encoded = _try(text, codecs[0])
         if encoded is None:
@@ -117,10 +134,18 @@ def encode(text: str, terms: tuple[str, ...], vr: str = "LO") -> bytes:
 
 
 def _try(text: str, codec: str) -> bytes | None:
+    if codec == _NO_CODEC:
+        return None
     try:
-        return text.encode(codec)
+        encoded = text.encode(codec)
     except UnicodeEncodeError:
         return None
+    if codec in _ESCAPES_ITSELF and not _NOT_ASCII_IN_JIS.isdisjoint(text):
+        return None
+    if codec == _JIS_X_0201 and encoded.decode(codec) + "\0" * (len(encoded) - len(text)) != text:
+        # Kanji are not in it, and a yen sign would be a backslash.
+        return None
+    return encoded
 
 
 def _encode_piece(piece: str, codecs: tuple[str, ...]) -> bytes:
@@ -134,6 +159,9 @@ def _encode_piece(piece: str, codecs: tuple[str, ...]) -> bytes:
         if codec in _ESCAPES_ITSELF:
             # The Japanese codecs know more escapes than the terms declare.
             if all(_declared(code, codecs) for code in _ESCAPE.findall(encoded)):
+                if codecs[0] == _JIS_X_0201:
+                    # What G0 was before, and goes back to, is not ASCII then (PS3.5 H.3.2).
+                    encoded = encoded.replace(_TO_ASCII, _TO_JIS_X_0201)
                 return encoded
         elif position == 0:
             return encoded
@@ -143,7 +171,7 @@ def _encode_piece(piece: str, codecs: tuple[str, ...]) -> bytes:
 
 
 def _declared(code: bytes, codecs: tuple[str, ...]) -> bool:
-    return code == b"\x1b(B" or CODES_TO_ENCODINGS.get(code, "") in codecs
+    return code == _TO_ASCII or CODES_TO_ENCODINGS.get(code) in codecs
 
 
 def choose(request_terms: tuple[str, ...], texts: Iterable[str]) -> tuple[str, ...]:

@@ -49,6 +49,50 @@ def test_the_names_of_the_standard_are_read(
 
 
 @pytest.mark.parametrize(
+    ("terms", "text", "value"),
+    [
+        # In the default repertoire there is nothing beyond ASCII, whatever stands behind it.
+        (("ISO_IR 6",), "Müller", None),
+        (("ISO 2022 IR 6",), "Müller", None),
+        (("",), "Müller", None),
+        (("", "ISO 2022 IR 87"), "Müller", None),
+        (("ISO 2022 IR 6", "ISO 2022 IR 149"), "Müller", None),
+        (("NONSENSE", "ISO 2022 IR 87"), "Müller", None),
+        (("", "ISO 2022 IR 100"), "Müller", b"\x1b-AM\xfcller"),
+        (("ISO 2022 IR 144", "ISO 2022 IR 100"), "Müller", b"\x1b-AM\xfcller"),
+        # JIS X 0201 has katakana of half width, and no kanji.
+        (("ISO_IR 13",), "ﾔﾏﾀﾞ", b"\xd4\xcf\xc0\xde"),
+        (("ISO_IR 13",), "山田", None),
+        (("ISO_IR 13",), "¥", None),
+        (("ISO_IR 13",), "a‾", None),
+        (("ISO 2022 IR 13", "ISO 2022 IR 87"), "¥", None),
+        (("", "ISO 2022 IR 159"), "€", None),
+        (
+            ("ISO 2022 IR 13", "ISO 2022 IR 87"),
+            "ﾔﾏﾀﾞ^ﾀﾛｳ=山田^太郎",
+            b"\xd4\xcf\xc0\xde^\xc0\xdb\xb3=\x1b$B;3ED\x1b(J^\x1b$BB@O:\x1b(J",
+        ),
+        (
+            ("", "ISO 2022 IR 87"),
+            "Yamada^Tarou=山田^太郎",
+            b"Yamada^Tarou=\x1b$B;3ED\x1b(B^\x1b$BB@O:\x1b(B",
+        ),
+        (("", "ISO 2022 IR 149"), "洪", b"\x1b$)C\xfb\xf3"),
+        (("", "ISO 2022 IR 58"), "王^小东", b"\x1b$)A\xcd\xf5^\x1b$)A\xd0\xa1\xb6\xab"),
+    ],
+)
+def test_text_is_written_in_what_is_declared_and_in_nothing_else(
+    terms: tuple[str, ...], text: str, value: bytes | None
+) -> None:
+    """Byte for byte as in PS3.5 Annexes H to K; what the terms do not hold is refused."""
+    if value is None:
+        with pytest.raises(CannotEncode):
+            encode(text, terms, "PN")
+    else:
+        assert encode(text, terms, "PN") == value
+
+
+@pytest.mark.parametrize(
     ("written", "term"),
     [
         ("ISO_IR 100", "ISO_IR 100"),
