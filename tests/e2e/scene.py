@@ -56,7 +56,7 @@ async def setup(
         transfer_syntaxes: in which the workstations take what is held; default: as it is held.
         more: as for ``configuration``.
     """
-    names = ("north", "south", "east")[: len(held)]
+    names = ("north", "south", "east", "west")[: len(held)]
     port = free_port()
     us = Node(PROXY_TITLE, "127.0.0.1", port)
     everything = [one for instances in (here, *held) for one in instances]
