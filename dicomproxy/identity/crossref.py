@@ -25,6 +25,7 @@ from prometheus_client import Counter
 
 from dicomproxy.dataset.patient import Domain, PatientId
 from dicomproxy.identity.domains import Domains
+from dicomproxy.identity.reports import report_failed
 from dicomproxy.logs import error_fields, get_logger
 from dicomproxy.ports import CrossReference, CrossReferenceError, Failure
 from dicomproxy.tasks import OwnerClosed, TaskOwner
@@ -297,13 +298,7 @@ class Identities:
                 return ids
             failure = CrossReferenceError(Failure.PROTOCOL, reason)
         _LOOKUPS.labels(provider.name, _outcome(failure)).inc()
-        _log.warning(
-            "cross_reference_failed",
-            service=provider.name,
-            source=question.source,
-            failure=failure.failure,
-            reason=failure.reason,
-        )
+        report_failed(question.source, provider.name, failure)
         raise failure
 
     # ----------------------------------------------------------------- memory

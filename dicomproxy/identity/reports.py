@@ -1,20 +1,24 @@
 """What is said of an answer or an instance that is kept from a workstation, or looks odd.
 
 Log, metric and status page, never a value. Whoever withholds something says so here, so that
-it reads the same wherever it is found out.
+it reads the same wherever it is found out; so does a cross-reference that fails, on the
+status page, since then a source is not asked.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from prometheus_client import Counter
 
-from dicomproxy.identity.crossref import IdentityUnresolved
 from dicomproxy.identity.safety import Comparison, Verdict
 from dicomproxy.logs import get_logger
+from dicomproxy.ports import CrossReferenceError
+
+if TYPE_CHECKING:
+    from dicomproxy.identity.crossref import IdentityUnresolved
 
 _log = get_logger()
 
@@ -31,7 +35,7 @@ _NAMES = Counter(
 
 
 class Withheld(NamedTuple):
-    """Something that was withheld; *at* in seconds since 1970, the rest words."""
+    """Something that was withheld, or a source not asked; *at* in seconds since 1970."""
 
     at: float
     source: str
@@ -44,12 +48,29 @@ _recent: deque[Withheld] = deque(maxlen=_MOST_RECENT)
 
 
 def recently_withheld() -> tuple[Withheld, ...]:
-    """Return what was withheld lately because of a contradiction or an ID, the latest last."""
+    """Return what was withheld lately, or not asked, because of an ID; the latest last."""
     return tuple(_recent)
 
 
 def _remember(source: str, event: str, reason: str) -> None:
+    """Keep it, the same thing once: what fails all the time must not crowd out the rest."""
+    for held in _recent:
+        if held[1:] == (source, event, reason):
+            _recent.remove(held)
+            break
     _recent.append(Withheld(time.time(), source, event, reason))
+
+
+def report_failed(source: str, service: str, failure: CrossReferenceError) -> None:
+    """Say that a cross-reference did not tell who somebody is at *source*."""
+    _log.warning(
+        "cross_reference_failed",
+        service=service,
+        source=source,
+        failure=failure.failure,
+        reason=failure.reason,
+    )
+    _remember(source, "cross_reference_failed", f"{service}: {failure}")
 
 
 def report(

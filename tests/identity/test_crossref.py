@@ -12,6 +12,7 @@ from prometheus_client import REGISTRY
 from dicomproxy.dataset.patient import Domain, PatientId
 from dicomproxy.identity.crossref import Identities, IdentityUnresolved, Provider
 from dicomproxy.identity.domains import Domains
+from dicomproxy.identity.reports import recently_withheld
 from dicomproxy.identity.same import SameDomain
 from dicomproxy.ports import CrossReference, CrossReferenceError, Failure
 from tests.identity.providers import HOSPITAL, NORTH, SOUTH, Scripted, local, north
@@ -102,6 +103,11 @@ async def test_answer_in_spite_of_an_outage_counts(make: Make, log_watch: LogWat
     identities = make(first, second)
 
     assert await identities.elsewhere(ME, "north") == (north("N1"),)
+    assert recently_withheld()[-1][1:] == (
+        "north",
+        "cross_reference_failed",
+        "p0: unreachable down",
+    )
     (told,) = log_watch.named("cross_reference_failed")
     assert (told["service"], told["source"], told["failure"], told["reason"]) == (
         "p0",
@@ -109,6 +115,19 @@ async def test_answer_in_spite_of_an_outage_counts(make: Make, log_watch: LogWat
         "unreachable",
         "down",
     )
+
+
+async def test_outage_that_goes_on_is_one_thing_to_tell(make: Make) -> None:
+    """On the status page it leaves room for the rest."""
+    down = Scripted()
+    down.failure = CrossReferenceError(Failure.UNREACHABLE, "still")
+    identities = make(down)
+    for number in range(3):
+        with pytest.raises(CrossReferenceError):
+            await identities.elsewhere(local(f"L{number}"), "north")
+
+    told = [one for one in recently_withheld() if one.reason == "p0: unreachable still"]
+    assert len(told) == 1
 
 
 SEVERAL = CrossReferenceError(Failure.STATUS, "several_ids")
