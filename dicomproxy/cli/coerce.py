@@ -1,7 +1,8 @@
 """``dicomproxy coerce --source NAME IN OUT``: what becomes of a source's object, on one file.
 
 Shows what changes, line by line, and writes the result. Nobody is asked who the
-patient is: that is told on the command line. What is shown names the patient,
+patient is: that is told on the command line, and whether a delivery would
+withhold the object from that patient is said. What is shown names the patient,
 since that is what the command is for; nothing of it is logged.
 """
 
@@ -30,7 +31,13 @@ from dicomproxy.dataset.patient import Domain, PatientId
 from dicomproxy.dataset.splice import Decision, Read, Rewriter, SpliceError
 from dicomproxy.identity.accession import Shown
 from dicomproxy.identity.coercion import SIGNATURES, LocalPatient, accession_numbers, coerce
-from dicomproxy.identity.safety import Demographics, demographics_of
+from dicomproxy.identity.safety import (
+    Demographics,
+    Unverified,
+    Verdict,
+    compare,
+    demographics_of,
+)
 from dicomproxy.wiring import coercion_settings, domain
 
 _PATIENT_ID: Final = 0x00100020
@@ -59,10 +66,16 @@ def run(settings: Settings, options: argparse.Namespace) -> int:
             return _complain("OUT is the same file as IN", 2)
         with options.infile.open("rb") as file:
             return _coerce(settings, entry, options, file)
+    except _NotWritten as error:
+        return _complain(f"{options.outfile}: {error}", 1)
     except OSError as error:
         return _complain(f"{error.filename or options.infile}: {error.strerror}", 1)
     except (Part10Error, SpliceError, CannotEncode) as error:
         return _complain(f"{options.infile}: {error}", 1)
+
+
+class _NotWritten(Exception):
+    """The result cannot be written."""
 
 
 def _complain(text: str, code: int) -> int:
@@ -84,14 +97,21 @@ def _coerce(
         accessions = _accessions(settings, entry, view)
         decision = coerce(view, patient, own, accessions, at, options.destination)
         shown.extend(_difference(view, decision, options))
+        shown.extend(_objections(patient, view, entry))
         return decision
 
     size = os.fstat(file.fileno()).st_size - begin
     rewriter = Rewriter(own.tags, decide, required=(_PATIENT_ID,), further=SIGNATURES)
     result = rewriter.rewrite(_reading(file, begin), size, meta.transfer_syntax_uid)
     _write(options.outfile, _all(_reading(file, 0)(0, begin), result.chunks()))
-    print("\n".join(shown) if shown else "nothing is changed")
+    _show("\n".join(shown) if shown else "nothing is changed")
     return 0
+
+
+def _show(text: str) -> None:
+    """Print *text*, in whatever the terminal can write of it."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding))
 
 
 def _reading(file: BinaryIO, begin: int) -> Read:
@@ -105,15 +125,28 @@ def _all(head: bytes, chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 def _write(path: Path, chunks: Iterable[bytes]) -> None:
     """Write a whole file or none."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise _NotWritten(error.strerror) from None
     try:
         with os.fdopen(handle, "wb") as file:
             for chunk in chunks:
-                file.write(chunk)
-        os.replace(name, path)
+                _put(file, chunk)
+        try:
+            os.replace(name, path)
+        except OSError as error:
+            raise _NotWritten(error.strerror) from None
     except BaseException:
         os.unlink(name)
         raise
+
+
+def _put(file: BinaryIO, chunk: bytes) -> None:
+    try:
+        file.write(chunk)
+    except OSError as error:
+        raise _NotWritten(error.strerror) from None
 
 
 # ---------------------------------------------------------------- what is local
@@ -174,6 +207,20 @@ def _difference(view: Identifier, decision: Decision, options: argparse.Namespac
     yield from (line for line in lines if not line.startswith("@@"))
     if decision.unicode:
         yield "all other text is converted to ISO_IR 192"
+
+
+def _objections(
+    patient: LocalPatient | None, view: Identifier, entry: SourceEntry
+) -> Iterator[str]:
+    """Say why a delivery would not go as far as this command does."""
+    if patient is None:
+        return
+    comparison = compare(patient.demographics, demographics_of(view))
+    if comparison.verdict is Verdict.CONFLICT:
+        differing = " and ".join(comparison.contradictions).replace("_", " ")
+        yield f"a delivery would withhold this object: another {differing}"
+    elif not comparison.permits(Unverified(entry.identity.unverified)):
+        yield "a delivery would withhold this object: neither birth date nor sex to compare"
 
 
 def _lines(view: Identifier, depth: int = 0) -> Iterator[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,6 +137,46 @@ def test_what_would_move_a_terminal_is_not_printed(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (["--birth-date", "20010203"], "another birth date"),
+        (["--sex", "F", "--birth-date", "20010203"], "another birth date"),
+        (["--birth-date", "19010203"], None),
+        (["--birth-date", "", "--sex", ""], "neither birth date nor sex to compare"),
+    ],
+)
+def test_what_a_delivery_would_withhold_is_said(
+    options: list[str], words: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command makes anything look like anybody's; a delivery does not."""
+    command = prepare(tmp_path, instance(PatientBirthDate="19010203", PatientSex="O"))
+    config = tmp_path / "site.yaml"
+    config.write_text(
+        config.read_text().replace("identity: {", "identity: {unverified: withhold, ")
+    )
+
+    assert main([*command, "--patient-id", "L-1", *options]) == 0
+
+    withheld = [line for line in capsys.readouterr().out.splitlines() if "withhold" in line]
+    assert len(withheld) == (words is not None)
+    assert words is None or words in withheld[0]
+
+
+def test_a_terminal_that_cannot_write_a_name_is_no_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it does not know is shown as a question mark."""
+    shown = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    command = prepare(tmp_path, instance())
+
+    assert main([*command, "--patient-id", "L-1", "--patient-name", "Анна"]) == 0
+
+    shown.flush()
+    assert b"PatientName [????]" in shown.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
         (["--source", "south"], "sources are: north"),
         (["--patient-id", "x" * 65], "--patient-id is no value of VR LO"),
         (["--patient-id", "L-1", "--birth-date", "1970-12-31"], "--birth-date"),
@@ -182,7 +224,11 @@ def test_files_that_cannot_be_opened_are_named(
     """Either of them."""
     command = prepare(tmp_path, instance())
     assert main([*command[:-1], str(tmp_path / "nowhere" / "out.dcm")]) == 1
-    assert "nowhere" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"{tmp_path}/nowhere/out.dcm: No such file or directory\n"
+    (tmp_path / "out.dcm").mkdir()
+    assert main(command) == 1
+    assert capsys.readouterr().err == f"{tmp_path}/out.dcm: Is a directory\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.dcm", "out.dcm", "site.yaml"]
     (tmp_path / "in.dcm").unlink()
     assert main(command) == 1
     assert "in.dcm: No such file" in capsys.readouterr().err
