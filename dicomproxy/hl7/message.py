@@ -79,11 +79,11 @@ class Message:
             path += f".{subcomponent}"
         return self._parsed.get(path) or ""
 
-    def repetitions(self, segment: str | Place, field: int) -> range:
-        """Return the numbers of a field's repetitions, empty ones included."""
+    def repetitions(self, segment: str | Place, field: int, most: int | None = None) -> range:
+        """Return the numbers of a field's repetitions, empty ones included; *most* at most."""
         path = _path(segment, field)
         count = 0
-        while self._parsed.get(f"{path}[{count + 1}]") is not None:
+        while count != most and self._parsed.get(f"{path}[{count + 1}]") is not None:
             count += 1
         return range(1, count + 1)
 

@@ -56,7 +56,7 @@ def read_ids(
     Raises:
         UnreadableId: one holds what could not be decoded, or there are too many.
     """
-    for repetition in message.repetitions(segment, field):
+    for repetition in message.repetitions(segment, field, MOST_IDS + 1):
         if repetition > MOST_IDS:
             raise UnreadableId("too_many_ids")
         value = message.get(segment, field, repetition=repetition).strip()

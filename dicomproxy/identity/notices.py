@@ -12,13 +12,19 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 from prometheus_client import Counter
 
 from dicomproxy.dataset.patient import Domain, PatientId
 from dicomproxy.hl7.errors import Refusal
-from dicomproxy.hl7.inbox import DATA_TYPE_ERROR, REQUIRED_FIELD_MISSING, Inbox
+from dicomproxy.hl7.inbox import (
+    DATA_TYPE_ERROR,
+    REQUIRED_FIELD_MISSING,
+    SEGMENT_SEQUENCE_ERROR,
+    Inbox,
+)
 from dicomproxy.hl7.message import Message, Place
 from dicomproxy.identity.cx import MOST_IDS, UNNAMED, UnreadableId, read_ids
 from dicomproxy.identity.domains import Domains, resolve
@@ -27,6 +33,9 @@ from dicomproxy.logs import get_logger
 
 MERGE: Final = ("ADT", "A40")
 UPDATE: Final = ("ADT", "A31")
+
+_MOST_SEGMENTS: Final = 2_000
+"""In a message; finding one among many more would be felt by whoever waits meanwhile."""
 
 _UNKNOWN_DOMAIN: Final = "unknown_domain"
 
@@ -76,7 +85,7 @@ class IdentityNotices:
             inbox.subscribe(code, trigger, self)
 
     def check(self, message: Message) -> None:
-        """Refuse a message that names nobody, or not whom it is about (AE, 101 or 102)."""
+        """Refuse a message that names nobody, or not whom it is about (AE, 100 to 102)."""
         for _ in self._notices(message):
             pass
 
@@ -86,6 +95,8 @@ class IdentityNotices:
             await self._handler(notice)
 
     def _notices(self, message: Message) -> Iterator[IdentityNotice]:
+        if next(islice(message.segments(), _MOST_SEGMENTS, None), None) is not None:
+            raise Refusal(SEGMENT_SEQUENCE_ERROR)
         if (message.code, message.trigger) == MERGE:
             yield from self._merges(message)
         else:

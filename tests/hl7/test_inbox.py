@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dicomproxy.hl7.errors import MalformedMessage, Refusal
-from dicomproxy.hl7.inbox import Inbox
+from dicomproxy.hl7.inbox import Inbox, InboxStats
 from dicomproxy.hl7.journal import Journal
 from dicomproxy.hl7.message import Message, parse
 from tests.sentinel import PATIENT_ID
@@ -327,3 +327,27 @@ async def test_a_message_of_any_size_is_read_and_none_of_it_is_logged(
         assert (await answered(made, message(PATIENT_ID, f"{PATIENT_ID}^X")))[0] == "AR"
         await made.wait_idle()
     assert '"operation":"ADT^A40"' in log_watch.text
+
+
+async def test_what_became_of_messages_is_counted(path: Path) -> None:
+    """Acknowledged, refused and unreadable ones, those that wait and those set aside."""
+    recorder, go = Recorder(), asyncio.Event()
+
+    async def before(control_id: str) -> None:
+        await go.wait()
+        raise LookupError
+
+    recorder.before = before
+    async with inbox(path, recorder, attempts=1) as made:
+        assert made.stats == InboxStats(0, 0, 0, 0, 0.0, 0.0)
+        await answered(made, message("1"))
+        await answered(made, message("2", "ADT^A08"))
+        with pytest.raises(MalformedMessage):
+            await made.receive(b"no message")
+        stats = made.stats
+        assert (stats.acknowledged, stats.refused, stats.waiting) == (1, 2, 1)
+        assert stats.last_acknowledged_at
+        assert stats.last_refused_at >= stats.last_acknowledged_at
+        go.set()
+        await made.wait_idle()
+        assert (made.stats.waiting, made.stats.set_aside) == (0, 1)

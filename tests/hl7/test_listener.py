@@ -257,6 +257,18 @@ async def test_only_allowed_addresses_are_served(network: str, served: bool) -> 
             assert await caller.ended()
 
 
+async def test_who_is_turned_away_is_counted(log_watch: LogWatch) -> None:
+    """One from elsewhere is told apart from one too many, also while there is no room."""
+    listener = MllpListener(echo, allow_from=(ip_network("10.0.0.0/8"),), max_connections=0)
+    port = await listener.start("127.0.0.1", 0)
+    async with calls(port) as caller:
+        assert await caller.ended()
+    assert (listener.refused, listener.connections) == (1, 0)
+    (line,) = log_watch.named("mllp_connection_refused")
+    assert line["reason"] == "address"
+    await listener.close()
+
+
 async def test_closing_ends_every_connection() -> None:
     """Nobody is left hanging on a listener that is gone."""
     listener = MllpListener(echo)

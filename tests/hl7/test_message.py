@@ -71,6 +71,7 @@ def test_empty_repetitions_keep_their_number(field: str, count: int) -> None:
     """An empty repetition between two others is not skipped when they are counted."""
     assert list(parse(message(f"PID|1||{field}|X")).repetitions("PID", 3)) == [*range(1, count + 1)]
     assert not parse(message("PID|1")).repetitions("PID", 3)
+    assert parse(message("PID|1||A~B~C")).repetitions("PID", 3, 2) == range(1, 3)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,16 @@ from dicomproxy.hl7.inbox import Inbox
 from dicomproxy.hl7.journal import Journal
 from dicomproxy.hl7.listener import MllpListener
 from dicomproxy.hl7.message import parse
-from dicomproxy.identity.notices import IdentityNotice, IdentityNotices
-from tests.sentinel import PATIENT_ID, PATIENT_NAME
+from dicomproxy.identity.notices import (
+    IdentityNotice,
+    IdentityNotices,
+    LiveIdentities,
+    NoticeStats,
+)
+from dicomproxy.identity.safety import Demographics
+from tests.identity.providers import local, north
+from tests.query.identities import Site
+from tests.sentinel import PATIENT_BIRTH_DATE, PATIENT_ID, PATIENT_NAME
 from tests.support.log_watch import LogWatch
 
 HERE, NORTH = Domain("HERE", "1.2.1", "ISO"), Domain("NORTH", "1.2.2", "ISO")
@@ -111,6 +120,7 @@ async def test_ids_without_a_domain_are_the_feeds_own() -> None:
         (a40(*[(cx(A), cx(B))] * 600), 102, "MRG^1^1"),
         (a31(""), 101, "PID^1^3"),
         (a31("^^^HERE"), 101, "PID^1^3"),
+        (a40((cx(A), cx(B))) + b"ZZZ|\r" * 2000, 100, ""),
         (a31(cx(A)).replace(b"PID", b"ZZZ"), 101, "PID^1^3"),
     ],
 )
@@ -177,3 +187,139 @@ async def test_a_notice_that_nobody_took_is_told_after_a_restart(tmp_path: Path)
     await inbox.wait_idle()
     assert taker.notices == [IdentityNotice(B, A, (B, A))]
     await inbox.close()
+
+
+# -------------------------------------------------------------- whoever remembers
+
+ME = local(PATIENT_ID)
+KNOWN = Demographics(PATIENT_NAME, PATIENT_BIRTH_DATE, "F")
+MakeSite = Callable[[], Site]
+
+
+@pytest.fixture
+async def make_site() -> AsyncIterator[MakeSite]:
+    made: list[Site] = []
+
+    def make() -> Site:
+        made.append(Site({ME, north("N1")}, {local("OTHER"), north("N9")}))
+        return made[-1]
+
+    yield make
+    for site in made:
+        await site.service.close()
+
+
+def notice(*patients: PatientId) -> IdentityNotice:
+    return IdentityNotice(patients[0], patients[-1], patients)
+
+
+async def remembering(make_site: MakeSite) -> Site:
+    """Return a site that remembers where both persons are, and who they are."""
+    site = make_site()
+    for patient in (ME, local("OTHER")):
+        await site.identities.elsewhere(patient, "north")
+        site.service.known.learn(patient, KNOWN)
+    return site
+
+
+async def asked_again(site: Site, patient: PatientId) -> bool:
+    before = len(site.manager.asked)
+    await site.identities.elsewhere(patient, "north")
+    return len(site.manager.asked) > before
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        ME,
+        north("N1"),
+        PatientId(PATIENT_ID),
+        PatientId(PATIENT_ID, Domain("HOSPITAL")),
+        PatientId("N1", Domain("", "1.2.2")),
+    ],
+    ids=["here", "there", "of-no-domain", "by-namespace", "by-oid"],
+)
+async def test_everybody_forgets_the_person_and_what_hangs_on_them(
+    make_site: MakeSite, named: PatientId, log_watch: LogWatch
+) -> None:
+    """Links, demographics and locations, however the ID is written; others are left alone."""
+    sites = [await remembering(make_site) for _ in range(2)]
+    live = LiveIdentities(lambda: 7.0)
+    for site in sites:
+        live.add(site.service)
+
+    await live(notice(named))
+
+    for site in sites:
+        assert ("north", "N1") in site.forgotten
+        assert ("north", "N9") not in site.forgotten
+        assert site.service.known.of(ME) is None
+        assert site.service.known.of(local("OTHER")) == KNOWN
+        assert not await asked_again(site, local("OTHER"))
+        assert await asked_again(site, ME)
+    assert live.stats == NoticeStats(merges=1, last_at=7.0)
+    (line,) = log_watch.named("identity_notice")
+    assert (line["operation"], line["outcome"], line["count"]) == ("merge", "forgotten", 2)
+
+
+async def test_a_notice_of_unknown_domains_costs_everything(
+    make_site: MakeSite, log_watch: LogWatch
+) -> None:
+    """A sender that names our domain otherwise may mean anybody: nothing remembered holds."""
+    site = await remembering(make_site)
+    live = LiveIdentities()
+    live.add(site.service)
+
+    await live(IdentityNotice(None, None, (PatientId(PATIENT_ID, Domain("HIS", "1.2.99")),)))
+
+    assert await asked_again(site, ME)
+    assert await asked_again(site, local("OTHER"))
+    assert site.service.known.of(ME) is None
+    assert (live.stats.updates, live.stats.unknown_domain) == (1, 1)
+    (line,) = log_watch.named("identity_notice")
+    assert (line["operation"], line["outcome"]) == ("update", "unknown_domain")
+
+
+async def test_one_domain_that_is_known_is_enough(make_site: MakeSite) -> None:
+    """Of the IDs of a region only some mean anything here."""
+    site = await remembering(make_site)
+    live = LiveIdentities()
+    live.add(site.service)
+
+    await live(notice(PatientId("X", Domain("REGION")), ME))
+
+    assert not await asked_again(site, local("OTHER"))
+    assert await asked_again(site, ME)
+
+
+async def test_who_has_left_is_told_no_more(make_site: MakeSite) -> None:
+    """A configuration without identity is nobody, and nobody listening is no unknown domain."""
+    site = await remembering(make_site)
+    live = LiveIdentities()
+    for service in (None, site.service):
+        live.add(service)
+    for service in (None, site.service, site.service):
+        live.remove(service)
+
+    await live(notice(ME))
+
+    assert not await asked_again(site, ME)
+    assert live.stats.unknown_domain == 0
+
+
+async def test_one_who_fails_keeps_nobody_from_being_told(make_site: MakeSite) -> None:
+    """The others forget at once, and the notice counts only when it comes again."""
+    broken, sound = await remembering(make_site), await remembering(make_site)
+
+    def fail(_gone: object) -> None:
+        raise LookupError
+
+    broken.identities.on_forget(fail)
+    live = LiveIdentities()
+    for site in (broken, sound):
+        live.add(site.service)
+
+    with pytest.raises(LookupError):
+        await live(notice(ME))
+    assert await asked_again(sound, ME)
+    assert live.stats == NoticeStats()
