@@ -51,6 +51,7 @@ _FIND: Final = (
 )
 _DAY_SECONDS: Final = 86_400
 _DEADLINE_SECONDS: Final = 10.0
+_ANSWER_SECONDS: Final = 2.0  # somebody waits, who has a query budget of some seconds
 _PRUNE_SECONDS: Final = 3_600.0
 _MOST_WAITING: Final = 256
 _BATCH: Final = 1_000
@@ -146,7 +147,7 @@ class AccessionMap:
         unknown = [one for one, number in numbers.items() if not number]
         if unknown:
             job = partial(self._assign_on_disk, unknown, int(self._clock()))
-            on_disk = await self._ask(job, "write")
+            on_disk = await self._ask(job, "write", _ANSWER_SECONDS)
             for one in unknown:
                 assigned = self._assign(one) if on_disk is None else on_disk[one]
                 numbers[one] = self._take(one, *assigned)
@@ -161,7 +162,11 @@ class AccessionMap:
         held = self._known.get(number) or self._pending.get(number)
         if held is not None:
             return held
-        found = await self._ask(lambda: (self._file.run(lambda file: _find(file, number)),), "read")
+
+        def read() -> tuple[tuple[Origin, int] | None]:
+            return (self._file.run(lambda file: _find(file, number)),)
+
+        found = await self._ask(read, "read", _ANSWER_SECONDS)
         if found is None:
             raise AccessionsUnavailable
         (row,) = found
@@ -296,7 +301,9 @@ class AccessionMap:
     def _is_resting(self) -> bool:
         return self._degraded and asyncio.get_running_loop().time() < self._retry_at
 
-    async def _ask(self, job: Callable[[], T], operation: str, *, probe: bool = False) -> T | None:
+    async def _ask(
+        self, job: Callable[[], T], operation: str, seconds: float = 0.0, *, probe: bool = False
+    ) -> T | None:
         """Run *job* in the thread; None, and degraded, if the disk failed or was too slow.
 
         Shortly after a failure it is not asked, but by a *probe*: a disk that
@@ -310,7 +317,7 @@ class AccessionMap:
         future = loop.run_in_executor(self._executor, job)
         future.add_done_callback(self._answered)
         try:
-            async with asyncio.timeout(_DEADLINE_SECONDS):
+            async with asyncio.timeout(seconds or _DEADLINE_SECONDS):
                 result = await asyncio.shield(future)
         except (sqlite3.Error, OSError) as error:  # TimeoutError is an OSError
             self._retry_at = loop.time() + self._retry_seconds
