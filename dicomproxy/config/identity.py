@@ -133,6 +133,7 @@ class IdentitySection(Section):
     remember: Duration = key("How long an ID that was found is remembered", "5m")
     remember_none: Duration = key("How long it is remembered that a patient has none", "30s")
     timeout: Duration = key(
-        "For one cross-reference to answer, whatever its own timeout, before the next is asked",
-        "5s",
+        "For one cross-reference to answer, whatever its own timeout, before the next is asked; "
+        "what is left of a query's budget is for the source",
+        "3s",
     )

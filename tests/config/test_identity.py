@@ -40,6 +40,8 @@ def test_everything_has_a_default() -> None:
     assert source.identity.accession == "mint"
     assert settings.cross_references == ()
     assert (settings.identity.remember, settings.identity.remember_none) == (300, 30)
+    # One that hangs leaves time for the next, and for the source, within a query's budget.
+    assert settings.identity.timeout == 3
 
 
 @pytest.mark.parametrize(
