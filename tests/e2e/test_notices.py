@@ -236,7 +236,7 @@ async def test_what_is_told_shows(start: MakeProxy) -> None:
         for name, value in (
             ("Messages acknowledged", "2"),
             ("Merges / updates heeded", "1 / 1"),
-            ("Waiting", "0"),
+            ("Connections refused", "0"),
         ):
             assert f"<dt>{name}</dt><dd>{value}</dd>" in page
         assert '<dt>Messages refused</dt><dd><span class="warn">1</span>' in page

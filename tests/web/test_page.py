@@ -18,6 +18,7 @@ from dicomproxy.web.page import CONTENT_SECURITY_POLICY, render_page
 from dicomproxy.web.status import (
     CacheStatus,
     FailureStatus,
+    Hl7Status,
     OperationStatus,
     SourceStatus,
     StatusSnapshot,
@@ -119,6 +120,21 @@ FULL = replace(
         FailureStatus(NOW - 60 * number, "retrieve", f"reason{number}") for number in range(30)
     ),
     tasks=12,
+    hl7=Hl7Status(
+        address="0.0.0.0:2575",
+        connections=2,
+        max_connections=20,
+        refused_connections=13,
+        acknowledged=51,
+        refused=6,
+        waiting=4,
+        set_aside=1,
+        merges=17,
+        updates=29,
+        unknown_domain=3,
+        last_notice_at=NOW - 90,
+        last_refused_at=NOW - 25,
+    ),
 )
 
 
@@ -186,6 +202,16 @@ class Reader(HTMLParser):
         "retrieve",
         "2026-03-01 11:59:00 UTC",
         "2026-03-01 12:00:00 UTC",
+        "Listening on 0.0.0.0:2575",
+        "Connections 2 of 20",
+        "Connections refused 13",
+        "Messages acknowledged 51",
+        "Messages refused 6 , the last 25 s ago",
+        "Waiting 4",
+        "Failed 1, until the next start",
+        "Merges / updates heeded 17 / 29",
+        "Of an unknown domain 3: everything was forgotten",
+        "Last notice 1 min 30 s ago",
     ],
 )
 def test_page_shows(part: str) -> None:
@@ -198,6 +224,7 @@ def test_bare_snapshot_says_what_there_is_not() -> None:
     text = Reader(render_page(BARE, NOW)).text
     for part in ("starting", "No sources", "Nothing is running", "None since the start"):
         assert part in text
+    assert "HL7" not in text
 
 
 def test_only_a_stuck_transfer_is_highlighted_and_it_comes_first() -> None:
