@@ -59,6 +59,7 @@ class Flight:
         self.initial: frozenset[str] = frozenset()
         self.was_complete = False
         self.doubtful: set[str] = set()
+        self._taken_back: set[str] = set()
         """Instances let in whose patient is still being found out; for any thread."""
         self.gone: set[str] = set()
         """Instances dropped because their source no longer lists them."""
@@ -342,7 +343,7 @@ class Flight:
     def available(self, subscription: Subscription, sop_instance_uid: str) -> bool:
         """Tell whether an instance is held and may be given to this subscriber."""
         instance = self.lease.instances.get(sop_instance_uid)
-        if instance is None or sop_instance_uid in self.doubtful:
+        if instance is None or sop_instance_uid in self.doubtful | self._taken_back:
             return False
         if instance.source in subscription.visible:
             return True
@@ -475,7 +476,13 @@ class Flight:
         """Drop an instance that was let in and should not have been."""
         if stored.conflict or stored.instance.source != source:
             return  # what is held came from somebody else
-        self.spawn(self.lease.remove([stored.instance.sop_instance_uid]), "remove")
+        # Until it is gone it is nobody's: it must not pass for an instance that is there.
+        self._taken_back.add(stored.instance.sop_instance_uid)
+        self.spawn(self._remove(stored.instance.sop_instance_uid), "remove")
+
+    async def _remove(self, sop_instance_uid: str) -> None:
+        await self.lease.remove([sop_instance_uid])
+        self._taken_back.discard(sop_instance_uid)
 
     def refused(self, source: str, sop_instance_uid: str, reason: str) -> None:
         """Note that an instance from *source* was not let in; it counts as Failed."""

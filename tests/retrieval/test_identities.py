@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import pytest
 
@@ -21,9 +21,11 @@ from tests.identity.providers import HOSPITAL, local, north
 from tests.retrieval.fakes import (
     STUDY,
     Archive,
+    Lease,
     Workstation,
     World,
     encoded,
+    image_request,
     study,
     study_request,
 )
@@ -349,6 +351,28 @@ async def test_header_without_a_patient(make: Make) -> None:
     workstation = Workstation()
     assert (await run(world, workstation)).completed == 2
     assert {one.text(ID) for one in decoded(workstation)} == {sentinel.PATIENT_ID}
+
+
+async def test_stray_that_is_still_being_removed_has_failed(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store takes its time to drop it: the outcome counts it as Failed all the same."""
+    archive = held("north", "N1", 1)
+    archive.headers[f"{STUDY}.1.1"] = {"patient": "NOBODY"}
+    world = make(archive, identity=Site())
+    removed, remove = asyncio.Event(), Lease.remove
+
+    async def take_time(lease: Lease, uids: Sequence[str]) -> None:
+        await removed.wait()
+        await remove(lease, uids)
+
+    monkeypatch.setattr(Lease, "remove", take_time)
+    workstation = Workstation()
+    outcome = await run(world, workstation, image_request(f"{STUDY}.1", f"{STUDY}.1.1"))
+    assert (outcome.status, outcome.completed, outcome.failed) == (0xA702, 0, 1)
+    assert outcome.failed_sop_instance_uids == (f"{STUDY}.1.1",)
+    assert not workstation.received
+    removed.set()
 
 
 async def test_study_whose_patient_nobody_names(make: Make) -> None:
