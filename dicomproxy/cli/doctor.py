@@ -19,6 +19,7 @@ from typing import Final
 
 from dicomproxy import logs
 from dicomproxy.app import run_on_loop
+from dicomproxy.cli.doctor_hl7 import try_listener
 from dicomproxy.cli.doctor_identity import StepFailed, try_cross_references
 from dicomproxy.config import Settings
 from dicomproxy.config.model import LocalSection, SourceEntry
@@ -110,6 +111,7 @@ class _Doctor:
                         source_archive_settings(self._settings, entry), entry, retrieves=True
                     )
                 await try_cross_references(self._settings, self._step)
+                await try_listener(self._settings, self._step)
                 for workstation in self._settings.workstations:
                     if workstation.host is None or workstation.port is None:
                         continue
