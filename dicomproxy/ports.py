@@ -391,10 +391,11 @@ class InstanceStore(Protocol):
         ...
 
     async def open_several(
-        self, instances: Sequence[CachedInstance]
+        self, instances: Sequence[CachedInstance], head_bytes: int = 0
     ) -> list[InstanceReader | None]:
         """Open a few before their turn, at the price of one; None for those that
-        need :meth:`open`, which also says what is wrong with them. Raises nothing."""
+        need :meth:`open`, which also says what is wrong with them. The first
+        *head_bytes* of each are read with it, and then cost nothing. Raises nothing."""
         ...
 
     def count_hits(self, count: int) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from dicomproxy.cache.checksum import crc32
-from dicomproxy.cache.vectors import MOST_BUFFERS, skip
+from dicomproxy.cache.vectors import MOST_BUFFERS, fill, skip
 from dicomproxy.ports import CachedInstance
 
 _PIECE_BYTES: Final = 1024 * 1024
@@ -59,24 +59,31 @@ def open_whole(path: Path | str, instance: CachedInstance, *, check_crc: bool) -
     return fd
 
 
-def open_ahead(wanted: Iterable[tuple[str, CachedInstance]]) -> list[int | None]:
+def open_ahead(
+    wanted: Iterable[tuple[str, CachedInstance]], head_bytes: int = 0
+) -> list[tuple[int, bytes] | None]:
     """Open files that will be read soon, and have the disk begin; None for one that is not whole.
 
-    Their CRCs are not looked at. Never raises.
+    With each descriptor come the first *head_bytes* of its data set, fewer where it
+    is shorter. CRCs are not looked at. Never raises.
     """
-    fds: list[int | None] = []
+    opened: list[tuple[int, bytes] | None] = []
     for path, instance in wanted:
         try:
             fd = open_whole(path, instance, check_crc=False)
         except (NotWhole, OSError):
-            fds.append(None)
+            opened.append(None)
             continue
-        fds.append(fd)
+        head = b""
+        if head_bytes:
+            with suppress(OSError):  # it will be said when it is read in earnest
+                head = os.pread(fd, head_bytes, instance.data_set_offset)
+        opened.append((fd, head))
         if hasattr(os, "posix_fadvise"):
             length = min(instance.data_set_offset + instance.size, _READ_AHEAD_BYTES)
             with suppress(OSError):  # advice need not be taken
                 os.posix_fadvise(fd, 0, length, os.POSIX_FADV_WILLNEED)
-    return fds
+    return opened
 
 
 def whole_instances(directory: Path, instances: Iterable[CachedInstance]) -> set[str]:
@@ -169,12 +176,19 @@ class FileReader:
     Args:
         fd: owned from now on.
         on_close: called once, on the loop.
+        head: the first bytes of the data set, if they have been read already.
     """
 
     def __init__(
-        self, fd: int, instance: CachedInstance, files: Files, on_close: Callable[[], None]
+        self,
+        fd: int,
+        instance: CachedInstance,
+        files: Files,
+        on_close: Callable[[], None],
+        head: bytes = b"",
     ) -> None:
         self._fd = fd
+        self._head = head
         self._instance = instance
         self._files = files
         self._on_close = on_close
@@ -197,8 +211,16 @@ class FileReader:
         """
         if self._closed:
             raise OSError("the reader is closed")
-        at = offset + self._instance.data_set_offset
         wanted = min(sum(map(len, buffers)), self.size - offset)
+        if offset < len(self._head):
+            done = fill(buffers, self._head, offset)
+            if done >= wanted:
+                return done
+            rest = list(buffers)
+            skip(rest, done)
+            # What is left begins behind the head, so that this goes no deeper.
+            return done + await self.read_into(rest, offset + done)
+        at = offset + self._instance.data_set_offset
         done = self._files.read_at_once(self._fd, buffers, at)
         if done >= wanted:
             return done
@@ -276,12 +298,7 @@ class MemoryReader:
         """As :meth:`FileReader.read_into`; copies at once."""
         if self._data is None:
             raise OSError("the reader is closed")
-        done = 0
-        for buffer in buffers:
-            part = self._data[offset + done : offset + done + buffer.nbytes]
-            buffer[: part.nbytes] = part
-            done += part.nbytes
-        return done
+        return fill(buffers, self._data, offset)
 
     async def close(self) -> None:
         if self._data is not None:

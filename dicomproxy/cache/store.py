@@ -307,12 +307,12 @@ class DiskInstanceStore:
         return FileReader(fd, instance, self._files, lease.release)
 
     async def open_several(
-        self, instances: Sequence[CachedInstance]
+        self, instances: Sequence[CachedInstance], head_bytes: int = 0
     ) -> list[InstanceReader | None]:
         """Open what can be opened without more ado, at the price of one; see the port."""
         leases: dict[int, Lease] = {}
         paths: dict[int, str] = {}
-        fds: list[int | None] = []
+        files: list[tuple[int, bytes] | None] = []
         readers: list[InstanceReader | None] = [None] * len(instances)
         try:
             for number, instance in enumerate(instances):
@@ -330,25 +330,32 @@ class DiskInstanceStore:
                 directory = self._keeper.layout.study(study_uid)
                 paths[number] = os.path.join(directory, instance.file_name)
             if leases:
-                fds = await self._open_ahead([(path, instances[at]) for at, path in paths.items()])
+                files = await self._open_ahead(
+                    [(path, instances[at]) for at, path in paths.items()], head_bytes
+                )
         except BaseException:
             for reader in readers:
                 if reader is not None:  # of those in memory
                     await reader.close()
             raise
         finally:
-            for number, fd in itertools.zip_longest(leases, fds):
-                if fd is None:
+            for number, file in itertools.zip_longest(leases, files):
+                if file is None:
                     leases[number].release()
                 else:
+                    fd, head = file
                     readers[number] = FileReader(
-                        fd, instances[number], self._files, leases[number].release
+                        fd, instances[number], self._files, leases[number].release, head
                     )
         return readers
 
-    async def _open_ahead(self, wanted: list[tuple[str, CachedInstance]]) -> list[int | None]:
+    async def _open_ahead(
+        self, wanted: list[tuple[str, CachedInstance]], head_bytes: int
+    ) -> list[tuple[int, bytes] | None]:
         try:
-            opened = asyncio.get_running_loop().run_in_executor(self._readers, open_ahead, wanted)
+            opened = asyncio.get_running_loop().run_in_executor(
+                self._readers, open_ahead, wanted, head_bytes
+            )
         except RuntimeError:
             return []  # the threads have ended: open() says so
         try:
@@ -430,8 +437,8 @@ def _close_unwanted(opened: asyncio.Future[int]) -> None:
         os.close(opened.result())
 
 
-def _close_all_unwanted(opened: asyncio.Future[list[int | None]]) -> None:
+def _close_all_unwanted(opened: asyncio.Future[list[tuple[int, bytes] | None]]) -> None:
     if not opened.cancelled() and opened.exception() is None:
-        for fd in opened.result():
-            if fd is not None:
-                os.close(fd)
+        for file in opened.result():
+            if file is not None:
+                os.close(file[0])

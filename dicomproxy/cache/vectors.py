@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 MOST_BUFFERS: Final = 256
@@ -17,3 +18,13 @@ def skip(buffers: list[memoryview], count: int) -> None:
     del buffers[:whole]
     if count:
         buffers[0] = buffers[0][count:]
+
+
+def fill(buffers: Iterable[memoryview], data: bytes | memoryview, offset: int) -> int:
+    """Copy *data* from *offset* on into *buffers*, in order; the bytes copied."""
+    done = 0
+    for buffer in buffers:
+        part = data[offset + done : offset + done + buffer.nbytes]
+        buffer[: len(part)] = part
+        done += len(part)
+    return done

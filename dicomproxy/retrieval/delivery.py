@@ -134,11 +134,18 @@ class Outlet:
 
 
 class Ahead:
-    """Opens the next instances of a study, a few together, while one is being sent."""
+    """Opens the next instances of a study, a few together, while one is being sent.
 
-    def __init__(self, subscription: Subscription, store: InstanceStore) -> None:
+    Args:
+        head_bytes: of each, which are wanted before any of it is sent.
+    """
+
+    def __init__(
+        self, subscription: Subscription, store: InstanceStore, head_bytes: int = 0
+    ) -> None:
         self._subscription = subscription
         self._store = store
+        self._head_bytes = head_bytes
         self._owner = TaskOwner("ahead")
         self._opening: asyncio.Task[None] | None = None
         self._wanted: dict[str, CachedInstance] = {}
@@ -180,7 +187,7 @@ class Ahead:
 
     async def _open_wanted(self, wanted: list[CachedInstance]) -> None:
         try:
-            readers = await self._store.open_several(wanted)
+            readers = await self._store.open_several(wanted, self._head_bytes)
         finally:
             self._opening = None
             self._wanted = {}
@@ -236,7 +243,7 @@ async def deliver_study(
 
     subscription.on_change = revise
     revise()
-    ahead = Ahead(subscription, store)
+    ahead = Ahead(subscription, store, localizer.head_bytes)
     told: set[tuple[str, str]] = set()
     try:
         async for item in subscription:

@@ -28,7 +28,7 @@ from dicomproxy.identity.safety import Comparison, Verdict, compare, demographic
 from dicomproxy.logs import get_logger
 from dicomproxy.ports import CachedInstance, CrossReferenceError, InstanceReader
 from dicomproxy.retrieval.persons import Identification, Persons, Policy
-from dicomproxy.retrieval.spliced import Splicing
+from dicomproxy.retrieval.spliced import HEAD_BYTES, Splicing
 from dicomproxy.retrieval.subscription import Subscription
 
 _ATTEMPTS: Final = 8
@@ -85,6 +85,11 @@ class Localizer:
         self._at = at or datetime.now(UTC).replace(microsecond=0)
         self._version = persons.version
         self._sources: dict[str, _Source] = {}
+
+    @property
+    def head_bytes(self) -> int:
+        """How much of each instance is looked at before it is sent."""
+        return HEAD_BYTES if self._persons.identification is not None else 0
 
     async def ready(self, instance: CachedInstance) -> None:
         """Return once it is known whose study the instance's source has, as it lists it.

@@ -97,6 +97,32 @@ async def test_several_are_opened_at_the_price_of_one(tmp_path: Path) -> None:
     await store.close()
 
 
+@pytest.mark.parametrize("head_bytes", [1, 100, SIZE - 1, SIZE, SIZE + 100])
+async def test_beginnings_are_read_with_opening(tmp_path: Path, head_bytes: int) -> None:
+    """What was asked for is there without another visit to a thread, the rest as ever."""
+    store = await opened(tmp_path)
+    _, (instance,) = await held(store, 1)
+    whole = data_set(instance.sop_instance_uid, size=SIZE)
+    (reader,) = await store.open_several([instance], head_bytes)
+    assert reader is not None
+    store._files.at_once = False  # as on file systems on which reads may always wait
+    first = bytearray(min(head_bytes, len(whole)))
+    reading = reader.read_into([memoryview(first)], 0)
+    with pytest.raises(StopIteration):
+        reading.send(None)  # it ends without having waited once
+    assert first == whole[:head_bytes]
+
+    for offset in (0, 1, head_bytes - 1, head_bytes, SIZE - 1):
+        one, two = bytearray(70), bytearray(SIZE)
+        count = await reader.read_into([memoryview(one), memoryview(two)], offset)
+        assert count == min(len(whole) - offset, 70 + SIZE)
+        assert (one + two)[:count] == whole[offset : offset + count]
+    await reader.close()
+    with pytest.raises(OSError, match="closed"):
+        await reader.read_into([memoryview(first)], 0)
+    await store.close()
+
+
 async def test_opening_several_given_up_leaves_nothing_in_use(tmp_path: Path) -> None:
     """Whoever no longer wants them keeps neither the study nor its files, nor what memory holds."""
     store = await opened(tmp_path)

@@ -415,7 +415,7 @@ class Store:
         return Reader(self, held.data[uid])
 
     async def open_several(
-        self, instances: Sequence[CachedInstance]
+        self, instances: Sequence[CachedInstance], head_bytes: int = 0
     ) -> list[InstanceReader | None]:
         await asyncio.sleep(0)
         readers: list[InstanceReader | None] = []

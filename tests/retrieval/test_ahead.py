@@ -53,7 +53,9 @@ class Store:
         self.singly.append(one)
         return cast(InstanceReader, Reader(self, one))
 
-    async def open_several(self, wanted: Sequence[CachedInstance]) -> list[InstanceReader | None]:
+    async def open_several(
+        self, wanted: Sequence[CachedInstance], head_bytes: int = 0
+    ) -> list[InstanceReader | None]:
         self.several += 1
         await self.gate.wait()
         return [cast(InstanceReader, Reader(self, one)) for one in wanted]

@@ -58,7 +58,7 @@ class Store:
     async def open(self, _instance: CachedInstance) -> InstanceReader:
         return cast(InstanceReader, Reader())
 
-    async def open_several(self, instances: Any) -> list[None]:
+    async def open_several(self, instances: Any, head_bytes: int = 0) -> list[None]:
         return [None] * len(instances)
 
 

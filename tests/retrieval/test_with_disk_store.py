@@ -51,9 +51,11 @@ async def test_cached_instances_are_opened_before_their_turn(
     several: list[int] = []
     real = store.open_several
 
-    async def counting(instances: Sequence[CachedInstance]) -> list[InstanceReader | None]:
+    async def counting(
+        instances: Sequence[CachedInstance], head_bytes: int = 0
+    ) -> list[InstanceReader | None]:
         several.append(len(instances))
-        return await real(instances)
+        return await real(instances, head_bytes)
 
     async with asyncio.timeout(60):
         await world.operation(Workstation()).run()
