@@ -38,6 +38,7 @@ ROWS: Final[dict[str, Callable[[Stage], Awaitable[list[Row]]]]] = {
     "cold-near": retrieving.cold_near,
     "other-proxy": retrieving.other_proxy,
     "cold-capped": retrieving.cold_capped,
+    "cold-coerced": retrieving.cold_coerced,
     "far-ct": retrieving.far_ct,
     "far-mr": retrieving.far_mr,
     "warm": retrieving.warm,

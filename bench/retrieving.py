@@ -71,6 +71,30 @@ async def cold_capped(stage: Stage) -> list[Row]:
     return await _cold_rows(stage, CAPPED, study, rows, 5)
 
 
+async def cold_coerced(stage: Stage) -> list[Row]:
+    """A cold CT of a patient with another ID there, beside one who has the same everywhere."""
+    study, made = stage.sizes.ct, []
+    for route in (NEAR, CAPPED):
+        where = "loopback" if route is NEAR else "1 Gbit/s"
+        case = f"cold C-MOVE, coerced, {study.instances} CT, {where}"
+        rows = _pair("cold-coerced", case, at_most(1.05), NO_AIM, "not coerced")
+        await stage.relay(route)
+        await stage.fill(ORTHANC, study, stage.sizes.crowd[0])
+        source = stage.through(route)
+        async with (
+            stage.proxy(source, title=f"PROXY1{route.suffix}", coerces=True) as coercing,
+            stage.proxy(source, title=f"PROXY2{route.suffix}") as plain,
+        ):
+            for proxy in (coercing, plain):
+                await stage.proxied(proxy, [stage.sizes.crowd[0]])
+            for _ in range(stage.rounds(7)):
+                await plain.evict(study)
+                _add(rows, False, await stage.proxied(plain, [study]))
+                await _cold(stage, coercing, study, rows)
+        made.extend(rows)
+    return made
+
+
 async def _cold_far(stage: Stage, name: str, study: Study, usual: int) -> list[Row]:
     """Two proxies, of which one may use 8 associations and one 4; one direct run for both."""
     made: list[Row] = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +28,23 @@ READING: Final = "READING"
 CROWD: Final = tuple(f"W{number:02d}" for number in range(1, 17))
 ORTHANC: Final = "ORTHANC"
 PROXY: Final = "DICOMPROXY"
+
+
+def _identity(directory: Path, sources: Iterable[str]) -> dict[str, Any]:
+    """Return the keys by which a patient has another ID at *sources*, and write the table."""
+    table = directory.with_suffix(".csv")
+    ids = [("LOCAL-1", "BENCH-1"), ("LOCAL-2", "BENCH-2")]
+    rows = [("local", *sources), *((here, *(there,) * len(sources)) for here, there in ids)]
+    table.write_text("".join(",".join(row) + "\n" for row in rows), "utf-8")
+    return {
+        "local": {"patient_id_issuer": {"namespace": "HERE", "universal_id": "1.2.3.9"}},
+        "cross_references": [{"name": "table", "type": "table", "file": str(table)}],
+        "sources": {
+            "patient_id_issuer": {"namespace": "NORTH", "universal_id": "1.2.3.1"},
+            "identity": {"cross_reference": "table"},
+            "coerce": {"study_description_prefix": "[NORTH] "},
+        },
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +301,7 @@ class Stage:
         local: tuple[str, str, int] | None = None,
         ceiling: int = 4,
         on_disk: bool = False,
+        coerces: bool = False,
     ) -> AsyncIterator[BenchProxy]:
         """Start a proxy of its own, with an empty cache, and end it afterwards.
 
@@ -295,9 +313,13 @@ class Stage:
             ceiling: associations at a source, at most.
             on_disk: keep its cache on an ordinary file system, where a row is about
                 reading: file systems in memory lack what makes that quick.
+            coerces: the patient has another ID here than at the sources, and what
+                comes from them is made local.
         """
         self._proxies += 1
         directory = (self._disk if on_disk else self.directory) / f"proxy-{self._proxies}"
+        identity = _identity(directory, sources) if coerces else {}
+        own = identity.pop("sources", {})
         await self.archive()  # the empty local PACS is one of its ports
         made = BenchProxy(
             directory,
@@ -316,13 +338,19 @@ class Stage:
                 ],
                 port=self.ports[title],
                 # What is measured is what is shipped; tests are more patient.
-                local={"connect_timeout": "3s", "query_timeout": "10s"},
+                local={
+                    "connect_timeout": "3s",
+                    "query_timeout": "10s",
+                    **identity.pop("local", {}),
+                },
+                **identity,
                 **{
                     name: {
                         "calling_ae_title": title,
                         "parallel_associations": ceiling,
                         "connect_timeout": "3s",
                         "query_timeout": "5s",
+                        **own,
                     }
                     for name in sources
                 },
