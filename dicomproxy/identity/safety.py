@@ -139,8 +139,11 @@ def binary_sex(value: str) -> str | None:
 _EXPANSIONS: Final = str.maketrans(
     {"ä": "ae", "ö": "oe", "ü": "ue", "å": "aa", "ø": "oe", "æ": "ae", "œ": "oe"}
 )
-_WITHOUT_MARKS: Final = str.maketrans({"ø": "o", "æ": "ae", "œ": "oe", "ł": "l", "đ": "d"})
+_WITHOUT_MARKS: Final = str.maketrans(
+    {"ø": "o", "æ": "ae", "œ": "oe", "ł": "l", "đ": "d", "ı": "i", "ð": "d", "þ": "th"}
+)
 _VOICED: Final = "\u3099\u309a"  # marks that make another kana, unlike an accent
+_IDEOGRAPHIC: Final = 1
 _COMPARED_COMPONENTS: Final = 3  # family, given, middle; titles come and go
 
 
@@ -149,15 +152,18 @@ def names_agree(ours: str, theirs: str) -> bool:
 
     Case, accents, width, punctuation, titles and empty components do not count,
     and a middle name only where both have one. Of the component groups
-    (alphabetic, ideographic, phonetic) those count that both have: one that
-    agrees is enough, and where they have none in common there is no difference.
+    (alphabetic, ideographic, phonetic) those count that both have. The ideographic
+    one decides, since names that sound the same are many; else one that agrees is
+    enough, and where they have none in common there is no difference.
     """
-    common = [
-        (mine, other)
-        for mine, other in zip(_groups(ours), _groups(theirs), strict=False)
+    common = {
+        at: (mine, other)
+        for at, (mine, other) in enumerate(zip(_groups(ours), _groups(theirs), strict=False))
         if any(mine) and any(other)
-    ]
-    return not common or any(_group_agrees(mine, other) for mine, other in common)
+    }
+    if _IDEOGRAPHIC in common:
+        return _group_agrees(*common[_IDEOGRAPHIC])
+    return not common or any(_group_agrees(mine, other) for mine, other in common.values())
 
 
 def _groups(name: str) -> list[list[str]]:
