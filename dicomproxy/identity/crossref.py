@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from prometheus_client import Counter
@@ -145,6 +145,7 @@ class Identities:
     ) -> None:
         self.domains = domains
         self._providers = {source: tuple(chain) for source, chain in providers.items()}
+        self._alike = self._first_alike()
         self._remember_seconds = remember_seconds
         self._remember_none_seconds = remember_none_seconds
         self._most = most
@@ -203,7 +204,17 @@ class Identities:
             raise IdentityUnresolved("several_local_ids" if found else "no_local_id")
         return found[0]
 
+    def _first_alike(self) -> dict[str, str]:
+        """Return for each source the first one with its domain and its cross-references."""
+        first: dict[tuple[Domain, tuple[Provider, ...]], str] = {}
+        return {
+            source: first.setdefault((self.domains.of(source), chain), source)
+            for source, chain in self._providers.items()
+        }
+
     async def _lookup(self, question: _Question) -> tuple[PatientId, ...]:
+        # What is asked for one source holds for all that would ask the same of the same.
+        question = replace(question, source=self._alike.get(question.source, question.source))
         for _ in range(_ATTEMPTS):
             if (held := self._remembered(question)) is not None:
                 _REMEMBERED.inc()

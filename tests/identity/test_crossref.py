@@ -374,6 +374,22 @@ async def test_lookups_of_the_same_patient_are_one(make: Make) -> None:
     assert len(provider.asked) == 1
 
 
+async def test_sources_that_share_a_domain_and_who_knows_it_share_the_question() -> None:
+    """A region of many archives is asked about once; one with another manager is not in it."""
+    regional, other = Scripted({ME, north("N1")}), Scripted({ME, north("N2")})
+    domains = Domains(HOSPITAL, dict.fromkeys(("a", "b", "c"), NORTH))
+    chain, alone = [Provider("mpi", regional)], [Provider("other", other)]
+    identities = Identities(domains, {"a": chain, "b": list(chain), "c": alone})
+
+    found = await asyncio.gather(*(identities.elsewhere(ME, source) for source in "abc"))
+    assert found == [(north("N1"),), (north("N1"),), (north("N2"),)]
+    assert await identities.here(north("N1"), "b") == ME
+    assert await identities.here(north("N1"), "a") == ME
+    assert len(regional.asked) == 2
+    assert len(other.asked) == 1
+    await identities.close()
+
+
 async def test_failure_is_shared_too(make: Make) -> None:
     """Everybody who waits for a lookup that fails gets an error of their own."""
     provider = Scripted()
