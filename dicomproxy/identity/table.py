@@ -48,6 +48,10 @@ _SETTLE_SECONDS: Final = 1.0
 _RETRY_SECONDS: Final = 30.0
 _NAME_DIGITS: Final = 32
 _NOT_THERE: Final = -1
+_STOP_SECONDS: Final = 0.2
+
+_BUILDING: Final[dict[Path, threading.Lock]] = {}
+"""For each table, since after a reload the one before looks after the same file for a while."""
 
 _log = get_logger()
 
@@ -322,6 +326,16 @@ class TableCrossReference:
 
     def _load(self, signature: _Signature) -> _Table:
         """In the build thread: find or make the index of what the file holds."""
+        lock = _BUILDING.setdefault(self._directory / self._name, threading.Lock())
+        while not lock.acquire(timeout=_STOP_SECONDS):
+            if self._stop.is_set():
+                raise Stopped
+        try:
+            return self._load_alone(signature)
+        finally:
+            lock.release()
+
+    def _load_alone(self, signature: _Signature) -> _Table:
         digest = content_hash(self._file, self._stop.is_set)
         path = self._directory / f"{self._name}-{digest[:_NAME_DIGITS]}.sqlite3"
         try:

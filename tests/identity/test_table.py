@@ -641,6 +641,38 @@ async def test_lookups_go_on_while_a_table_is_read(
     assert await reference.lookup(ME, NORTH) == (north("N7"),)
 
 
+async def test_two_of_one_table_do_not_make_its_index_at_once(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a reload: one would put the other's half made index in force."""
+    built, entered, go = [], threading.Event(), threading.Event()
+
+    def held(*args: Any) -> None:
+        built.append(args)
+        entered.set()
+        assert go.wait(10)
+        build(*args)
+
+    monkeypatch.setattr(table_module, "build", held)
+    file = write(tmp_path / "ids.csv", WIDE)
+    os.utime(file, ns=(0, 0))
+    made = [
+        TableCrossReference("regional", file, tmp_path / "state", DOMAINS, look_seconds=0.01)
+        for _ in range(3)
+    ]
+    for reference in made:
+        await reference.start()
+    await until(entered.is_set)
+    await made.pop().close()  # one that waits: it gives up
+    async with asyncio.TaskGroup() as group:
+        looking = [group.create_task(reference.lookup(ME, NORTH)) for reference in made]
+        go.set()
+    assert [task.result() for task in looking] == [(north("N1"),)] * 2
+    assert len(built) == 1
+    for reference in made:
+        await reference.close()
+
+
 async def test_first_table_that_grows_while_it_is_read_is_read_again(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_watch: LogWatch
 ) -> None:
