@@ -3,7 +3,8 @@
 Elements are stepped over by their lengths; where each begins is remembered,
 and what was asked for is read. Rules kept: any bytes whatever give a
 :class:`Header` or :class:`SpliceError`; what is cut off or garbled is an error
-before and in what was asked for, and left alone behind it.
+before and in what was asked for, and left alone behind it, once what is
+required was there.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ def scan(
         size_bytes: of the data set.
         transfer_syntax_uid: not the deflated one; see :class:`Rewriter`.
         wanted: tags of which at least one is named.
-        required: of them those without which a data set is suspicious.
+        required: of them those without which a data set is suspicious, and is not
+            taken where it breaks off.
         further: tags that are read as well where stepping gets to them.
 
     Raises:
@@ -213,12 +215,19 @@ class _Steps:
         self.end = position
         if left < 0:
             # The last element is cut off. Pixels may be, what is edited may not.
-            if not self._passed or self.tags[-1] in self._wanted:
+            if not self._may_break_off() or self.tags[-1] in self._wanted:
                 raise SpliceError("truncated element")
             self._drop_last()
         elif left and not self._passed and any(self._window.bytes(position, left)):
             raise SpliceError("truncated element")
         return True
+
+    def _may_break_off(self) -> bool:
+        """Tell whether all that matters has been seen: it is not somewhere in the rest."""
+        return self._passed and self._has_required()
+
+    def _has_required(self) -> bool:
+        return set(self._required) <= set(self.tags)
 
     def _drop_last(self) -> None:
         self.tags.pop()
@@ -228,7 +237,7 @@ class _Steps:
         """Tell whether an element out of order or behind what is wanted ends the walk."""
         self.end = start
         if not tag or tag >> 16 == 0xFFFE:
-            if self._passed or (not tag and not length):
+            if self._may_break_off() or (not tag and not length):
                 return True
             raise SpliceError("not a data set")
         if tag <= last:
@@ -236,7 +245,7 @@ class _Steps:
         if tag > self.limit:
             if not self._passed:
                 self._passed = True
-                self._thorough = not set(self._required) <= set(self.tags)
+                self._thorough = not self._has_required()
             if tag in self._further:
                 self._thorough = True
             if length == UNDEFINED and self.ordered and not self._thorough:
@@ -248,7 +257,7 @@ class _Steps:
         try:
             return skip(self._window, value, inner_encoding(vr, self._encoding))
         except SpliceError:
-            if not self._passed or self.tags[-1] in self._wanted:
+            if not self._may_break_off() or self.tags[-1] in self._wanted:
                 raise
         self._drop_last()
         return -1

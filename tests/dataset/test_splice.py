@@ -216,8 +216,7 @@ def test_what_is_not_edited_keeps_its_bytes(name: str) -> None:
 
 
 def untouched(data: bytes, syntax: str, edits: Edits) -> list[bytes]:
-    # A tag that is required and never there: everything is stepped over.
-    header = scan(reading(data), len(data), syntax, WANTED, required=(0xFFFFFFFE,))
+    header = header_of(data, syntax)
     kept = [
         data[header.start(number) : header.start(number + 1)]
         for number, tag in enumerate(header.tags)
@@ -630,6 +629,28 @@ def test_what_is_no_data_set_is_refused(data: bytes) -> None:
     """Nonsense before or in what is edited is an error, never a guess."""
     with pytest.raises(SpliceError):
         spliced(data, EXPLICIT_VR_LITTLE_ENDIAN, NEW_ID)
+
+
+@pytest.mark.parametrize("required", [True, False])
+@pytest.mark.parametrize(
+    "garbled",
+    [
+        explicit(0x00081090, b"L\xff", b""),
+        explicit(0x00082112, b"SQ", b"\xac\xff\x00\xe0\0\0\0\0", 0xFFFFFFFF),
+        b"\xfe\xff\x00\xe0\0\0\0\0",
+    ],
+)
+def test_what_is_required_is_not_left_behind_where_the_walk_ends(
+    garbled: bytes, required: bool
+) -> None:
+    """An old patient would stay there, beside the new one that is put where nobody was."""
+    data = explicit(0x4B081030, b"LO", b"AB") + garbled + PATIENT + PIXELS
+    rewriter = Rewriter(WANTED, lambda _: Decision(NEW_ID), (0x00100020,) if required else ())
+    if required:
+        with pytest.raises(SpliceError):
+            rewriter.rewrite(reading(data), len(data), EXPLICIT_VR_LITTLE_ENDIAN)
+    else:
+        assert whole(rewriter.rewrite(reading(data), len(data), EXPLICIT_VR_LITTLE_ENDIAN))
 
 
 def test_too_many_elements_are_refused() -> None:
