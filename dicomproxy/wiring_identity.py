@@ -29,10 +29,13 @@ from dicomproxy.identity.pixm import PixmCrossReference, PixmSettings
 from dicomproxy.identity.safety import KnownPatients, Unverified
 from dicomproxy.identity.same import SameDomain
 from dicomproxy.identity.service import AskLocal, IdentityService, Part, SourceIdentity
-from dicomproxy.identity.table import TableCrossReference
+from dicomproxy.identity.table import TableCrossReference, remove_indexes
+from dicomproxy.logs import error_fields, get_logger
 from dicomproxy.state.accessions import AccessionMap
 
 _SAME = "same"
+
+_log = get_logger()
 
 
 class Locations(Protocol):
@@ -133,6 +136,8 @@ class Identity:
     ) -> None:
         known_domains = domains(settings)
         self._tables: list[TableCrossReference] = []
+        self._table_names = {one.name for one in settings.cross_references if one.type == "table"}
+        self._table_directory = settings.state_directory / "tables"
         parts: list[Part] = []
         providers: dict[str, Provider] = {_SAME: Provider(_SAME, SameDomain())}
         for entry in settings.cross_references:
@@ -181,7 +186,7 @@ class Identity:
         table = TableCrossReference(
             entry.name,
             entry.file or Path(),
-            settings.state_directory / "tables",
+            self._table_directory,
             known,
             on_change=lambda: self.identities.forget_all(),
             deadline_seconds=entry.timeout,
@@ -190,7 +195,11 @@ class Identity:
         return table
 
     async def start(self) -> None:
-        """Begin to read tables; nothing is waited for."""
+        """Begin to read tables; that is not waited for."""
+        try:
+            await asyncio.to_thread(remove_indexes, self._table_directory, self._table_names)
+        except OSError as error:
+            _log.warning("cross_reference_index_left", **error_fields(error))
         for table in self._tables:
             await table.start()
 

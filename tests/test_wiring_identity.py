@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dicomproxy import wiring_identity
 from dicomproxy.config import Settings, load
 from dicomproxy.dataset.accession import Origin
 from dicomproxy.dataset.identifier import Identifier
@@ -24,6 +25,7 @@ from tests.e2e.support import configuration
 from tests.peers.pix_manager import pix_manager
 from tests.query.builders import identifier
 from tests.sentinel import PATIENT_BIRTH_DATE, PATIENT_ID, PATIENT_NAME
+from tests.support.log_watch import LogWatch
 
 HOSPITAL = Domain("HOSPITAL", "1.2.1", "ISO")
 NORTH = Domain("NORTH", "1.2.2", "ISO")
@@ -148,6 +150,29 @@ async def test_a_table_that_changes_makes_all_that_was_remembered_be_forgotten(
         await table.look()
         assert len(made.service.known) == 0
         assert await made.identities.elsewhere(ME, "north") == (PatientId("3", NORTH),)
+
+
+async def test_a_table_that_is_configured_no_more_leaves_no_index(
+    tmp_path: Path, log_watch: LogWatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would hold patient IDs for good. What cannot be removed is told, and is no obstacle."""
+    given = settings(tmp_path, local=LOCAL, cross_references=[TABLE])
+    directory = given.state_directory / "tables"
+    directory.mkdir(parents=True)
+    digits = "0123456789abcdef" * 2
+    gone = [directory / f"old-table-{digits}.{end}" for end in ("sqlite3", "part")]
+    kept = [directory / f"regional-{digits}.sqlite3", directory / "notes.txt"]
+    for file in (*gone, *kept):
+        file.touch()
+    async with identity(given, Here()):
+        assert [file.exists() for file in (*gone, *kept)] == [False, False, True, True]
+
+    def fail(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(wiring_identity, "remove_indexes", fail)
+    async with identity(given, Here()):
+        assert log_watch.named("cross_reference_index_left")
 
 
 async def test_a_merge_notice_reaches_whatever_hangs_on_the_ids(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,7 @@ _MOST_WAITING: Final = 256
 _SETTLE_SECONDS: Final = 1.0
 _RETRY_SECONDS: Final = 30.0
 _NAME_DIGITS: Final = 32
+_HASH: Final = "[0-9a-f]" * _NAME_DIGITS
 _NOT_THERE: Final = -1
 _STOP_SECONDS: Final = 0.2
 
@@ -96,6 +97,18 @@ def check_table(file: Path, domains: Domains) -> tuple[TableFault, ...]:
     except (sqlite3.Error, Changing) as error:
         return (TableFault(0, f"cannot be read ({type(error).__name__})"),)
     return ()
+
+
+def remove_indexes(directory: Path, keep: Collection[str]) -> None:
+    """Remove the indexes of tables other than those named: they hold patient IDs. Blocks.
+
+    Raises:
+        OSError: one cannot be removed.
+    """
+    for path in directory.glob(f"*-{_HASH}.*"):
+        if path.name.split(".")[0][: -_NAME_DIGITS - 1] not in keep:
+            # Whoever still reads it keeps it open.
+            path.unlink(missing_ok=True)
 
 
 class TableCrossReference:
@@ -347,8 +360,7 @@ class TableCrossReference:
         if _signature(self._file) != signature:
             table.index.close()
             raise Changing
-        of_this_table = f"{self._name}-{'[0-9a-f]' * _NAME_DIGITS}.*"
-        for other in self._directory.glob(of_this_table):
+        for other in self._directory.glob(f"{self._name}-{_HASH}.*"):
             # Whoever still reads one keeps it open.
             if other != path:
                 other.unlink(missing_ok=True)
