@@ -364,6 +364,11 @@ class InstanceReader(Protocol):
     @property
     def size(self) -> int: ...
 
+    @property
+    def arrived(self) -> int:
+        """When the instance came, in seconds since 1970; 0 where that was not kept."""
+        ...
+
     async def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Fill *buffers* in order from data set byte *offset*, off the loop; bytes read."""
         ...

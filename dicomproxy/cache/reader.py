@@ -199,6 +199,11 @@ class FileReader:
     def size(self) -> int:
         return self._instance.size
 
+    @property
+    def arrived(self) -> int:
+        """When the last byte was written, in seconds since 1970; waits for no disk."""
+        return int(os.fstat(self._fd).st_mtime)
+
     async def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Fill *buffers* from data set byte *offset*; fewer bytes only at the end.
 
@@ -293,6 +298,11 @@ class MemoryReader:
     @property
     def size(self) -> int:
         return self._size
+
+    @property
+    def arrived(self) -> int:
+        """Not known: what is in memory is there for once."""
+        return 0
 
     async def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
         """As :meth:`FileReader.read_into`; copies at once."""

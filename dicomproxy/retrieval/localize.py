@@ -12,6 +12,7 @@ sources that the site has told nothing about are handed on untouched.
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import partial
 from typing import Final
 
 from prometheus_client import Counter
@@ -33,6 +34,9 @@ from dicomproxy.retrieval.subscription import Subscription
 
 _ATTEMPTS: Final = 8
 """How often it is decided again: for the patient, for accession numbers, after merges."""
+
+_MOST_REWRITERS: Final = 16
+"""Seconds in which instances came, for each of which headers and decisions are remembered."""
 
 _log = get_logger()
 
@@ -67,7 +71,10 @@ class Localizer:
         splicing: rewrites instances.
         subscription: knows which patient was agreed on.
         destination_ae_title: for rules about it.
-        at: when, as is recorded in what is changed; now by default.
+        at: when this is, for instances of which nobody knows when they came; now by default.
+
+    What is recorded as the time of a change is when the instance came, so that a
+    destination to which it is delivered twice gets the same bytes.
     """
 
     def __init__(
@@ -154,7 +161,8 @@ class Localizer:
             needed: _Needed | None = None
             try:
                 await source.prepare(identification, self._subscription)
-                opened = await self._splicing.open(reader, transfer_syntax_uid, source.rewriter)
+                rewriter = source.rewriter(reader.arrived)
+                opened = await self._splicing.open(reader, transfer_syntax_uid, rewriter)
             except _Needed as what:
                 needed = what
             except _Unfit as unfit:
@@ -211,9 +219,22 @@ class _Source:
         self._shown: dict[str, Shown] | None = None
         self._prepared = False
         self._told: set[Comparison] = set()
-        self.rewriter = Rewriter(
-            policy.coercion.tags, self._decide, required=(PATIENT_ID,), further=SIGNATURES
-        )
+        self._rewriters: dict[int, Rewriter] = {}
+
+    def rewriter(self, arrived: int) -> Rewriter:
+        """Return what rewrites instances that came in that second."""
+        known = self._rewriters.get(arrived)
+        if known is None:
+            at = datetime.fromtimestamp(arrived, UTC) if arrived > 0 else self._at
+            if len(self._rewriters) >= _MOST_REWRITERS:
+                self._rewriters.clear()
+            known = self._rewriters[arrived] = Rewriter(
+                self._policy.coercion.tags,
+                partial(self._decide, at),
+                required=(PATIENT_ID,),
+                further=SIGNATURES,
+            )
+        return known
 
     # ------------------------------------------------------------- on the loop
 
@@ -287,7 +308,7 @@ class _Source:
 
     # ------------------------------------------------------------ in any thread
 
-    def _decide(self, view: Identifier) -> Decision:
+    def _decide(self, at: datetime, view: Identifier) -> Decision:
         """Say what becomes of an instance with the header *view*; asks nobody."""
         named = self._persons.of_answer(view, self.name)
         numbers: dict[str, Domain] = {}
@@ -306,5 +327,5 @@ class _Source:
         if comparison.name_differs:
             self.comparison = comparison
         return coerce(
-            view, patient, self._policy.coercion, self._shown, self._at, self._destination
+            view, patient, self._policy.coercion, self._shown, at, self._destination
         )

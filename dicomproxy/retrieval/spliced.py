@@ -108,6 +108,10 @@ class SplicedReader:
     def size(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    @property
+    def arrived(self) -> int:
+        return self._reader.arrived
+
     async def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
         """See the port; offsets are those of the rewritten data set."""
         begin = offset
@@ -179,6 +183,10 @@ class _ChunkReader:
     @property
     def size(self) -> int:
         return self._rewritten.total_bytes
+
+    @property
+    def arrived(self) -> int:
+        return self._reader.arrived
 
     async def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
         """See the port; costs time in proportion to the offset unless that only grows.

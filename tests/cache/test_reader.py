@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from dicomproxy.cache import DiskInstanceStore
+from dicomproxy.cache.reader import MemoryReader
 from dicomproxy.ports import CachedInstance, StudyLease
 from tests.cache.support import data_set, fill, opened, read_all, read_instance
 
@@ -185,3 +187,26 @@ async def test_what_is_closed_is_closed_soon(tmp_path: Path) -> None:
     lease.release()
     await store.close()
     assert len(await asyncio.to_thread(os.listdir, "/proc/self/fd")) < before + 3
+
+
+async def test_when_an_instance_came_is_known_after_a_restart(tmp_path: Path) -> None:
+    """It stays what it was, however often the instance is opened; in memory it is not kept."""
+    before = int(time.time())
+    store = await opened(tmp_path)
+    _, (instance,) = await held(store)
+    reader = await store.open(instance)
+    arrived = reader.arrived
+    await reader.close()
+    await store.close()
+    assert before <= arrived <= time.time()
+
+    os.utime(next(tmp_path.rglob(instance.file_name)), (arrived - 1000, arrived - 1000))
+    store = await opened(tmp_path)
+    lease = await store.lease("1.2.3")
+    (ahead,) = await store.open_several(list(lease.instances.values()))
+    assert ahead is not None
+    assert ahead.arrived == arrived - 1000
+    await ahead.close()
+    lease.release()
+    await store.close()
+    assert MemoryReader(bytearray(b"12"), lambda: None).arrived == 0

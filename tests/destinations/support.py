@@ -35,6 +35,8 @@ ASKED = Originator("READING2", 77, 1)
 class Held:
     """Bytes as the store's reader gives them; ``broken`` makes reading fail."""
 
+    arrived = 0
+
     def __init__(self, data: bytes, *, broken: bool = False) -> None:
         self._data = memoryview(data)
         self._broken = broken

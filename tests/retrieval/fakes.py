@@ -354,6 +354,10 @@ class Reader:
     def size(self) -> int:
         return len(self._data)
 
+    @property
+    def arrived(self) -> int:
+        return self._store.arrived
+
     async def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
         count = 0
         for buffer in buffers:
@@ -379,6 +383,7 @@ class Store:
         self.full_for: set[str] = set()
         self.damaged: Counter[str] = Counter()
         self.lease_gate: asyncio.Event | None = None
+        self.arrived = 0
 
     async def lease(self, study_instance_uid: str) -> StudyLease:
         await asyncio.sleep(0)

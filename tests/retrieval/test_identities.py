@@ -104,6 +104,21 @@ async def test_objects_arrive_as_those_of_the_local_patient(make: Make) -> None:
     assert {location.patient_id for location in await world.memory.find(STUDY)} == {"N1"}
 
 
+async def test_what_is_delivered_twice_is_the_same(make: Make) -> None:
+    """What is recorded as the time of the change is when an instance came, not when it goes."""
+    world = make(held("north", "N1"), identity=Site())
+    world.store.arrived = 1_700_000_000
+    first, second = Workstation(), Workstation()
+
+    assert await run(world, first) == RetrieveOutcome(0x0000, completed=2)
+    assert await run(world, second) == RetrieveOutcome(0x0000, completed=2)
+
+    assert first.data == second.data
+    for one in decoded(first):
+        (record,) = one.items(ORIGINALS)
+        assert record.text(0x04000562) == one.text(0x00080015) == "20231114221320+0000"
+
+
 @pytest.mark.parametrize("known", [True, False])
 async def test_holders_under_different_ids_of_one_person_serve_one_study(
     make: Make, known: bool
