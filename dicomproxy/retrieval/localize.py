@@ -326,6 +326,4 @@ class _Source:
             raise _Unfit(comparison)
         if comparison.name_differs:
             self.comparison = comparison
-        return coerce(
-            view, patient, self._policy.coercion, self._shown, at, self._destination
-        )
+        return coerce(view, patient, self._policy.coercion, self._shown, at, self._destination)
