@@ -18,7 +18,7 @@ from tests.e2e.conftest import MakeProxy
 from tests.e2e.scene import Setup, setup
 from tests.e2e.support import Proxy, identifier
 from tests.peers.archive import Archive
-from tests.peers.workstation import Result
+from tests.peers.workstation import Result, Workstation
 from tests.sentinel import PATIENT_ID
 from tests.support.datasets import study
 
@@ -60,7 +60,7 @@ def ct(patient: str, **more: Any) -> list[Dataset]:
 
 
 class Held:
-    """What the archives hold."""
+    """What the archives hold; ``more`` of it by archive, ``local`` too."""
 
     def __init__(self) -> None:
         self.here = ct(PATIENT_ID)
@@ -68,6 +68,7 @@ class Held:
         self.south = ct(SOUTH_ID, PatientName="SENTINEL^PATIËNT")
         self.third = ct(PATIENT_ID, PatientBirthDate="19800101", AccessionNumber="3")
         self.namesake = ct(NAMESAKE, AccessionNumber="4")
+        self.more: dict[str, list[Dataset]] = {"local": [], "north": [], "south": []}
 
     @property
     def mine(self) -> set[str]:
@@ -76,14 +77,15 @@ class Held:
 
 @asynccontextmanager
 async def scene(
-    start: MakeProxy, held: Held, reference: dict[str, Any], **more: Any
+    start: MakeProxy, held: Held, *references: dict[str, Any], **more: Any
 ) -> AsyncIterator[Setup]:
-    """Run the region, with a cross-reference between its three domains.
+    """Run the region, with cross-references between its three domains.
 
     Args:
-        more: sections of the configuration; a source's are laid over what is usual.
+        references: the first is asked unless a source says otherwise.
+        more: as for ``setup``; what it says of a source is laid over what is usual.
     """
-    asked = reference["name"]
+    asked = references[0]["name"]
     usual: dict[str, Any] = {
         name: {
             "patient_id_issuer": domain(issuer),
@@ -92,20 +94,30 @@ async def scene(
         }
         for name, issuer in (("north", NORTH), ("south", SOUTH))
     }
+    usual["local"] = {"patient_id_issuer": domain(HOSPITAL), **more.get("local", {})}
     async with setup(
         start,
-        [*held.north, *held.third, *held.namesake],
-        held.south,
-        here=held.here,
+        [*held.north, *held.third, *held.namesake, *held.more["north"]],
+        [*held.south, *held.more["south"]],
+        here=[*held.here, *held.more["local"]],
         kind=Listing,
-        **{
-            "local": {"patient_id_issuer": domain(HOSPITAL)},
-            "cross_references": [reference],
-            **more,
-            **usual,
-        },
+        **{"cross_references": list(references), **more, **usual},
     ) as made:
         yield made
+
+
+class Since:
+    """What a proxy logs from now on."""
+
+    def __init__(self, of: Setup | Proxy) -> None:
+        self._proxy = of if isinstance(of, Proxy) else of.proxy
+        self._from = len(self._proxy.lines())
+
+    def lines(self) -> list[dict[str, Any]]:
+        return self._proxy.lines()[self._from :]
+
+    def named(self, event: str) -> list[dict[str, Any]]:
+        return [line for line in self.lines() if line["event"] == event]
 
 
 def table(directory: Path, text: str = TABLE, name: str = "regional") -> dict[str, Any]:
@@ -140,6 +152,15 @@ async def mine(it: Setup, **keys: Any) -> Result:
 def uid(instances: list[Dataset]) -> str:
     """Return the study's UID."""
     return str(instances[0].StudyInstanceUID)
+
+
+def arrived(workstation: Workstation) -> dict[str, Dataset]:
+    """Return what came since the last call, by SOP Instance UID, each once."""
+    with workstation.lock:
+        received, workstation.received = workstation.received, []
+    found = {one.sop_instance_uid: one.dataset() for one in received}
+    assert len(found) == len(received)
+    return found
 
 
 def studies(result: Result | Iterable[Dataset]) -> set[str]:

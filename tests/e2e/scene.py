@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -46,6 +46,7 @@ async def setup(
     count: int = 1,
     kind: type[Archive] = Archive,
     transfer_syntaxes: Iterable[str] = (),
+    entries: Mapping[str, Mapping[str, Any]] | None = None,
     **more: Any,
 ) -> AsyncIterator[Setup]:
     """Run archives north, south, ... that hold what is *held*, and *count* workstations.
@@ -54,6 +55,7 @@ async def setup(
         here: what the local PACS holds.
         kind: of the remote archives.
         transfer_syntaxes: in which the workstations take what is held; default: as it is held.
+        entries: further keys of workstations in the configuration, by their titles.
         more: as for ``configuration``.
     """
     names = ("north", "south", "east", "west")[: len(held)]
@@ -87,7 +89,7 @@ async def setup(
             pacs=local.node,
             sources={name: archive.node for name, archive in zip(names, archives, strict=True)},
             workstations=[
-                {"ae_title": one.ae_title, "host": one.host, "port": one.port}
+                {**one.node._asdict(), **(entries or {}).get(one.ae_title, {})}
                 for one in workstations
             ],
             port=port,
