@@ -13,7 +13,7 @@ in use follows what is edited, not the object.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
@@ -52,6 +52,9 @@ CHUNK_BYTES: Final = 256 * 1024
 
 _MOST_REMEMBERED: Final = 32
 _MOST_REMEMBERED_BYTES: Final = 32 * 1024
+_MOST_LAYOUTS: Final = 4
+_MOST_LAID_OUT: Final = 2_000
+"""Elements of a layout that is remembered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,32 +155,35 @@ def _encoded(edits: Edits, encoding: Encoding) -> dict[int, bytes]:
 
 def _splice(header: Header, edits: Mapping[int, bytes], terms: tuple[str, ...] | None) -> Splice:
     """Make encoded *edits*; with *terms* all other text becomes Unicode from those."""
-    patches, changed = _patches(header, edits)
-    if terms is not None:
-        texts, groups = to_unicode(
-            Window(header.read),
-            header.size_bytes,
-            header.encoding,
-            [
-                start
-                for tag, start in zip(header.tags, header.starts, strict=True)
-                if tag not in edits
-            ],
-            header.end,
-            terms,
-        )
+    places, changed = _places(header, edits)
+    if terms is None:
+        return _at(header, _sorted(places + _lengths(header, changed, edits)))
+    texts, groups = to_unicode(
+        Window(header.read),
+        header.size_bytes,
+        header.encoding,
+        [start for tag, start in zip(header.tags, header.starts, strict=True) if tag not in edits],
+        header.end,
+        terms,
+    )
+    places += _lengths(header, changed | groups, edits)
+    return _at(header, _sorted(places), texts)
+
+
+class _Place(NamedTuple):
+    """What stands in place of the elements from the one numbered *first* to before *end*."""
+
+    first: int
+    end: int
+    new: bytes
+
+
+def _at(header: Header, places: Iterable[_Place], texts: Sequence[Patch] = ()) -> Splice:
+    """Find *places* in the bytes of a data set, and put what is new there."""
+    patches = [Patch(header.start(first), header.start(end), new) for first, end, new in places]
+    if texts:
         patches += texts
-        changed |= groups
-    lengths = {group << 16 for group in changed}
-    if 0x0008 in changed and _LENGTH_TO_END not in edits:
-        lengths.add(_LENGTH_TO_END)
-    patches += [
-        Patch(header.starts[number], header.start(number + 1), b"")
-        for tag in lengths
-        for number in header.numbers(tag)
-    ]
-    # Stable: what is inserted before an element precedes what replaces it.
-    patches.sort(key=_start)
+        patches.sort(key=_start)  # stable, as below
     return Splice(header.read, _segments(header, patches))
 
 
@@ -185,8 +191,28 @@ def _start(patch: Patch) -> int:
     return patch.start
 
 
-def _patches(header: Header, edits: Mapping[int, bytes]) -> tuple[list[Patch], set[int]]:
-    patches: list[Patch] = []
+def _sorted(places: list[_Place]) -> list[_Place]:
+    """Bring *places* in the order of the file, those that touch as one."""
+    made: list[_Place] = []
+    # Stable: what is inserted before an element precedes what replaces it.
+    for place in sorted(places, key=lambda place: place.first):
+        if made and made[-1].end == place.first:
+            made[-1] = _Place(made[-1].first, place.end, made[-1].new + place.new)
+        else:
+            made.append(place)
+    return made
+
+
+def _lengths(header: Header, changed: Collection[int], edits: Mapping[int, bytes]) -> list[_Place]:
+    """Drop the lengths of groups that have changed."""
+    lengths = {group << 16 for group in changed}
+    if 0x0008 in changed and _LENGTH_TO_END not in edits:
+        lengths.add(_LENGTH_TO_END)
+    return [_Place(number, number + 1, b"") for tag in lengths for number in header.numbers(tag)]
+
+
+def _places(header: Header, edits: Mapping[int, bytes]) -> tuple[list[_Place], set[int]]:
+    places: list[_Place] = []
     changed: set[int] = set()
     for tag, new in edits.items():
         there = header.numbers(tag)
@@ -201,12 +227,12 @@ def _patches(header: Header, edits: Mapping[int, bytes]) -> tuple[list[Patch], s
                 at = next(later, len(header.tags))
             if at == len(header.tags) and tag > header.reach:
                 raise ValueError("an element beyond what was scanned")
-            patches.append(Patch(header.start(at), header.start(at), new))
+            places.append(_Place(at, at, new))
             continue
         for number in there:
-            patches.append(Patch(header.starts[number], header.start(number + 1), new))
+            places.append(_Place(number, number + 1, new))
             new = b""
-    return patches, changed
+    return places, changed
 
 
 def _segments(header: Header, patches: list[Patch]) -> Iterator[bytes | Copy]:
@@ -256,6 +282,33 @@ class _DeflatedSplice:
         return deflate(self._splice.chunks(), chunk_bytes)
 
 
+class _Decided:
+    """What was decided of one header, for those that are equal in all that is looked at.
+
+    Where edits go is the same in all that have the same elements, however long.
+    """
+
+    __slots__ = ("_edits", "_layouts", "_terms")
+
+    def __init__(self, edits: Mapping[int, bytes], terms: tuple[str, ...] | None) -> None:
+        self._edits = edits
+        self._terms = terms
+        self._layouts: dict[tuple[int, Sequence[int]], list[_Place]] = {}
+
+    def splice(self, header: Header) -> Splice:
+        if self._terms is not None or not header.ordered or len(header.tags) > _MOST_LAID_OUT:
+            return _splice(header, self._edits, self._terms)
+        layout = header.reach, tuple(header.tags)
+        places = self._layouts.get(layout)
+        if places is None:
+            found, changed = _places(header, self._edits)
+            places = _sorted(found + _lengths(header, changed, self._edits))
+            if len(self._layouts) >= _MOST_LAYOUTS:
+                self._layouts.clear()
+            self._layouts[layout] = places
+        return _at(header, places)
+
+
 class Rewriter:
     """Rewrites data sets as a rule over their headers says.
 
@@ -280,9 +333,7 @@ class Rewriter:
         self._decide = decide
         self._required = required
         self._further = further
-        self._remembered: dict[
-            tuple[Encoding, bytes], tuple[Mapping[int, bytes], tuple[str, ...] | None]
-        ] = {}
+        self._remembered: dict[tuple[Encoding, bytes], _Decided] = {}
 
     def rewrite(self, read: Read, size_bytes: int, transfer_syntax_uid: str) -> Rewritten:
         """Return a data set with the changes that its header asks for.
@@ -302,10 +353,10 @@ class Rewriter:
         header = scan(
             read, size_bytes, transfer_syntax_uid, self._wanted, self._required, self._further
         )
-        spliced = _splice(header, *self._decided(header))
+        spliced = self._decided(header).splice(header)
         return _DeflatedSplice(spliced) if deflated else spliced
 
-    def _decided(self, header: Header) -> tuple[Mapping[int, bytes], tuple[str, ...] | None]:
+    def _decided(self, header: Header) -> _Decided:
         # Elements say where they end, so that no two lists of them are the same bytes.
         key = header.encoding, b"".join(header.raw)
         known = self._remembered.get(key)
@@ -313,7 +364,7 @@ class Rewriter:
             view = header.view()
             edits, unicode = self._decide(view)
             terms = view.specific_character_set if unicode else None
-            known = _encoded(edits, header.encoding), terms
+            known = _Decided(_encoded(edits, header.encoding), terms)
             if len(key[1]) <= _MOST_REMEMBERED_BYTES:
                 if len(self._remembered) >= _MOST_REMEMBERED:
                     self._remembered.clear()

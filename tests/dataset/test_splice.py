@@ -425,6 +425,25 @@ def test_a_decision_is_made_once_for_equal_headers() -> None:
     assert len(asked) == 6
 
 
+def test_where_edits_go_is_remembered_for_the_same_elements_only() -> None:
+    """One rewriter makes of each of many data sets what a new one would, in whatever order."""
+    number, unknown = explicit(0x00200013, b"IS", b"1 "), explicit(0x00290010, b"LO", b"X ")
+    longer, group = explicit(0x00200013, b"IS", b"1234"), explicit(0x00100000, b"UL", bytes(4))
+    undefined = explicit(0x7FE00010, b"OB", b"\xfe\xff\xdd\xe0\0\0\0\0", 0xFFFFFFFF)
+    files = [
+        before + PATIENT + middle + pixels
+        for middle in (number, longer, number + unknown, b"")
+        for before in (b"", group)
+        for pixels in (PIXELS, undefined, b"")
+    ]
+    edits = edits_of(changes(), REMOVED)
+    kept = Rewriter(WANTED, lambda _: Decision(edits))
+
+    for data in [*files, *reversed(files)]:
+        made = kept.rewrite(reading(data), len(data), EXPLICIT_VR_LITTLE_ENDIAN)
+        assert whole(made) == spliced(data, EXPLICIT_VR_LITTLE_ENDIAN, edits)
+
+
 @pytest.mark.parametrize("undefined", [True, False])
 def test_items_with_implicit_vrs_are_read_where_explicit_ones_are_due(undefined: bool) -> None:
     """Some writers do that; what they say is shown, and another edit leaves it as it is."""
