@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from dicomproxy.cache.checksum import crc32
 from dicomproxy.cache.vectors import MOST_BUFFERS, fill, skip
@@ -59,26 +59,35 @@ def open_whole(path: Path | str, instance: CachedInstance, *, check_crc: bool) -
     return fd
 
 
+class OpenedAhead(NamedTuple):
+    """A descriptor, and what was read with it: see :class:`FileReader`."""
+
+    fd: int
+    head: bytes = b""
+    arrived: int | None = None
+
+
 def open_ahead(
     wanted: Iterable[tuple[str, CachedInstance]], head_bytes: int = 0
-) -> list[tuple[int, bytes] | None]:
+) -> list[OpenedAhead | None]:
     """Open files that will be read soon, and have the disk begin; None for one that is not whole.
 
     With each descriptor come the first *head_bytes* of its data set, fewer where it
     is shorter. CRCs are not looked at. Never raises.
     """
-    opened: list[tuple[int, bytes] | None] = []
+    opened: list[OpenedAhead | None] = []
     for path, instance in wanted:
         try:
             fd = open_whole(path, instance, check_crc=False)
         except (NotWhole, OSError):
             opened.append(None)
             continue
-        head = b""
+        ahead = OpenedAhead(fd)
         if head_bytes:
             with suppress(OSError):  # it will be said when it is read in earnest
                 head = os.pread(fd, head_bytes, instance.data_set_offset)
-        opened.append((fd, head))
+                ahead = OpenedAhead(fd, head, int(os.fstat(fd).st_mtime))
+        opened.append(ahead)
         if hasattr(os, "posix_fadvise"):
             length = min(instance.data_set_offset + instance.size, _READ_AHEAD_BYTES)
             with suppress(OSError):  # advice need not be taken
@@ -177,6 +186,7 @@ class FileReader:
         fd: owned from now on.
         on_close: called once, on the loop.
         head: the first bytes of the data set, if they have been read already.
+        arrived: when the last byte was written, if that has been asked already.
     """
 
     def __init__(
@@ -186,7 +196,9 @@ class FileReader:
         files: Files,
         on_close: Callable[[], None],
         head: bytes = b"",
+        arrived: int | None = None,
     ) -> None:
+        self._arrived = arrived
         self._fd = fd
         self._head = head
         self._instance = instance
@@ -202,7 +214,9 @@ class FileReader:
     @property
     def arrived(self) -> int:
         """When the last byte was written, in seconds since 1970; waits for no disk."""
-        return int(os.fstat(self._fd).st_mtime)
+        if self._arrived is None:
+            self._arrived = int(os.fstat(self._fd).st_mtime)
+        return self._arrived
 
     async def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Fill *buffers* from data set byte *offset*; fewer bytes only at the end.

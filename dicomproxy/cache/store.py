@@ -30,6 +30,7 @@ from dicomproxy.cache.reader import (
     Files,
     MemoryReader,
     NotWhole,
+    OpenedAhead,
     open_ahead,
     open_whole,
 )
@@ -312,7 +313,7 @@ class DiskInstanceStore:
         """Open what can be opened without more ado, at the price of one; see the port."""
         leases: dict[int, Lease] = {}
         paths: dict[int, str] = {}
-        files: list[tuple[int, bytes] | None] = []
+        files: list[OpenedAhead | None] = []
         readers: list[InstanceReader | None] = [None] * len(instances)
         try:
             for number, instance in enumerate(instances):
@@ -343,15 +344,19 @@ class DiskInstanceStore:
                 if file is None:
                     leases[number].release()
                 else:
-                    fd, head = file
                     readers[number] = FileReader(
-                        fd, instances[number], self._files, leases[number].release, head
+                        file.fd,
+                        instances[number],
+                        self._files,
+                        leases[number].release,
+                        file.head,
+                        file.arrived,
                     )
         return readers
 
     async def _open_ahead(
         self, wanted: list[tuple[str, CachedInstance]], head_bytes: int
-    ) -> list[tuple[int, bytes] | None]:
+    ) -> list[OpenedAhead | None]:
         try:
             opened = asyncio.get_running_loop().run_in_executor(
                 self._readers, open_ahead, wanted, head_bytes
@@ -437,8 +442,8 @@ def _close_unwanted(opened: asyncio.Future[int]) -> None:
         os.close(opened.result())
 
 
-def _close_all_unwanted(opened: asyncio.Future[list[tuple[int, bytes] | None]]) -> None:
+def _close_all_unwanted(opened: asyncio.Future[list[OpenedAhead | None]]) -> None:
     if not opened.cancelled() and opened.exception() is None:
         for file in opened.result():
             if file is not None:
-                os.close(file[0])
+                os.close(file.fd)
