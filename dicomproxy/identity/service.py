@@ -30,6 +30,8 @@ from dicomproxy.identity.safety import (
     Demographics,
     KnownPatients,
     Unverified,
+    Verdict,
+    compare,
     demographics_of,
 )
 from dicomproxy.logs import error_fields, get_logger
@@ -39,6 +41,7 @@ from dicomproxy.tasks import OwnerClosed, TaskOwner
 _DEMOGRAPHICS: Final = (PATIENT_NAME, PATIENT_BIRTH_DATE, PATIENT_SEX)
 _ISSUER_OF_PATIENT_ID: Final = 0x00100021
 _MOST_ASKED: Final = 64
+_MOST_ASKED_ONLY: Final = 1_000
 _ATTEMPTS: Final = 3
 
 _log = get_logger()
@@ -114,6 +117,8 @@ class IdentityService:
         self._parts = tuple(parts)
         self._forget_locations = forget_locations
         self._asking: dict[PatientId, asyncio.Task[_Asked]] = {}
+        # Local patients of whom rows of the local PACS say one thing and another.
+        self._asked_only: dict[PatientId, None] = {}
         self._owner = TaskOwner("identity")
         identities.on_forget(self._forgotten)
 
@@ -142,16 +147,29 @@ class IdentityService:
 
         One with nothing to compare is taken only for a patient who is known already: an
         archive that returns these keys empty below PATIENT level knows them all the same.
+        Where one contradicts another, the local PACS is asked who the patient is: now, and
+        from then on, until a notice comes.
         """
         patient = self.domains.patient_of(row, LOCAL)
         if patient is None or not self.domains.is_local(patient.domain):
             return
-        patient = self.domains.canonical_id(patient)
-        said = demographics_of(row)
-        if not said.comparable and self.known.of(patient) is None:
+        if not all(tag in row for tag in _DEMOGRAPHICS):
             return
-        if all(tag in row for tag in _DEMOGRAPHICS):
+        patient = self.domains.canonical_id(patient)
+        said, known = demographics_of(row), self.known.of(patient)
+        if known is not None and compare(known, said).verdict is Verdict.CONFLICT:
+            # Corrected, or a study that keeps what its patient was called when it was made.
+            self._ask_only(patient)
+            self.known.forget((patient,))
+        elif patient not in self._asked_only and (said.comparable or known is not None):
             self.known.learn(patient, said)
+
+    def _ask_only(self, patient: PatientId) -> None:
+        if patient not in self._asked_only:
+            _log.warning("local_patient_contradicts_itself")
+        self._asked_only[patient] = None
+        if len(self._asked_only) > _MOST_ASKED_ONLY:
+            del self._asked_only[next(iter(self._asked_only))]
 
     async def demographics(self, patient: PatientId) -> Demographics | None:
         """Return who a local patient is, as remembered or as the local PACS says now.
@@ -222,10 +240,12 @@ class IdentityService:
         if patients is None:
             self.known.forget_all()
             self._asking.clear()
+            self._asked_only.clear()
             return
         self.known.forget(patients)
         for patient in patients:
             self._asking.pop(patient, None)
+            self._asked_only.pop(patient, None)
         if self._forget_locations is not None:
             self._forget_locations(self.domains.at_sources(patients))
 

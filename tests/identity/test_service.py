@@ -15,6 +15,7 @@ from tests.identity.providers import local
 from tests.query.builders import identifier
 from tests.query.identities import Site, patient_row
 from tests.sentinel import PATIENT_BIRTH_DATE, PATIENT_ID, PATIENT_NAME
+from tests.support.log_watch import LogWatch
 
 ME = local(PATIENT_ID)
 HERE = patient_row(PATIENT_ID, PATIENT_NAME, PATIENT_BIRTH_DATE)
@@ -115,6 +116,25 @@ async def test_a_row_with_nothing_to_compare_does_not_keep_the_local_pacs_from_b
     async with site(HERE) as it:
         it.service.learn(patient_row(PATIENT_ID, name, birth_date, sex))
         assert await it.service.demographics(ME) == KNOWN
+
+
+@pytest.mark.parametrize("order", [1, -1])
+async def test_rows_that_contradict_one_another_have_the_local_pacs_asked(
+    order: int, log_watch: LogWatch
+) -> None:
+    """Whichever study came last is not who the patient is; a merge begins anew."""
+    older = patient_row(PATIENT_ID, PATIENT_NAME, "19010101")
+    async with site(HERE) as it:
+        for row in (HERE, older)[::order]:
+            it.service.learn(row)
+        for row in (older, HERE, older):
+            assert await it.service.demographics(ME) == KNOWN
+            it.service.learn(row)
+        assert len(it.asked) == 2  # again after what contradicted it
+        assert len(log_watch.named("local_patient_contradicts_itself")) == 1
+        it.identities.forget(ME)
+        it.service.learn(older)
+        assert it.service.known.of(ME) == Demographics(PATIENT_NAME, "19010101", "F")
 
 
 async def test_a_patient_without_birth_date_and_sex_is_asked_for_once() -> None:
