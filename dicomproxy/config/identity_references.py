@@ -135,6 +135,7 @@ class _Checker:
                         (*path, present), f"{present} of type {kind}", "keys of that type alone"
                     )
             self._check_secret(path, entry)
+            self._check_tls(path, entry)
 
     def sources(self) -> None:
         """Each source has a way to the IDs of its domain, and a prefix where it needs one."""
@@ -237,6 +238,21 @@ class _Checker:
         plain = re.match(r"http://(?P<host>\[[^\]]*\]|[^:/]*)", url)
         if plain is not None and not _is_this_machine(plain["host"].strip("[]")):
             self._fault((*path, "authorization_file"), "a secret over http", "an https url")
+
+    def _check_tls(self, path: YamlPath, entry: dict[str, Tree]) -> None:
+        """What is said of TLS is in force: else IDs would go out in plain text unnoticed."""
+        tls, url = entry.get("tls"), entry.get("url")
+        if not isinstance(tls, dict):
+            return
+        plain = isinstance(url, str) and not url.startswith("https")
+        if plain and any(tls.values()) and tls.get("enabled") != "false":
+            self._fault((*path, "tls"), "tls with an http url", "an https url")
+        elif entry.get("type") == "pix" and any(tls.values()) and tls.get("enabled") is None:
+            self._fault((*path, "tls"), "tls that is not enabled", "enabled: true, or false")
+        if tls.get("key_file") is not None and tls.get("certificate_file") is None:
+            self._fault(
+                (*path, "tls", "key_file"), "a key without its certificate", "certificate_file"
+            )
 
     def _check_oid(self, domain: _Domain) -> None:
         try:

@@ -170,6 +170,24 @@ def test_files_are_relative_to_the_configuration(tmp_path: Path) -> None:
             "an https url",
         ),
         (
+            text(rest=PIX.replace("}]", ", tls: {ca_file: ca.pem}}]")),
+            "cross_references[0].tls",
+            "tls that is not enabled",
+            "enabled: true, or false",
+        ),
+        (
+            text(rest=PIX.replace("}]", ", tls: {enabled: true, key_file: k.pem}}]")),
+            "cross_references[0].tls.key_file",
+            "a key without its certificate",
+            "certificate_file",
+        ),
+        (
+            text(rest=PIXM.replace("https", "http").replace("}]", ", tls: {enabled: true}}]")),
+            "cross_references[0].tls",
+            "tls with an http url",
+            "an https url",
+        ),
+        (
             text(local=LOCAL.replace("HOSPITAL", "{universal_id_type: ISO}")),
             "local.patient_id_issuer",
             "a domain without a name",
@@ -258,6 +276,21 @@ def test_contradiction_is_a_fault(written: str, path: str, found: str, expected:
     assert path in shown, str(refused.value)
     assert found in shown[path].found
     assert expected in shown[path].expected
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        PIX.replace("}]", ", tls: {enabled: true, ca_file: ca.pem}}]"),
+        PIX.replace("}]", ", tls: {enabled: false, ca_file: ca.pem}}]"),
+        PIX.replace("}]", ", tls: {}}]"),
+        PIXM.replace("}]", ", tls: {ca_file: ca.pem}}]"),
+        PIXM.replace("https", "http").replace("}]", ", tls: {enabled: false}}]"),
+    ],
+)
+def test_tls_that_is_in_force_or_put_off_is_no_fault(rest: str) -> None:
+    """For an https URL it needs no word; where it is off, that was said."""
+    read(rest=rest)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:8080", "localhost", "[::1]:80"])
