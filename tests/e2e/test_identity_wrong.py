@@ -164,6 +164,7 @@ async def test_an_outage_withholds_even_what_is_cached(usual: Region, held: Held
     """Nobody can say whose it is now: it is not delivered, that is a failure, and it passes."""
     it, manager = usual.setup, usual.manager
     assert figures((await it.reading.move(the_study(held.north))).final)[1] == 2
+    arrived(it.reading)
     fetched, since = await it.proxy.fetched(), Since(it)
     for decide, behave in ((lambda _: Reply("AE", "AE"), None), (manager.honest, silent)):
         manager.decide, manager.behave = decide, behave
