@@ -91,5 +91,7 @@ class Rule:
 
 def prefixed(prefix: str, value: str, vr: str) -> str:
     """Return *value* behind *prefix*, once, and cut at what *vr* holds."""
-    marked = value if value.startswith(prefix) else prefix + value
+    # A mark alone has lost the space behind it.
+    is_marked = value.startswith(prefix) or value == prefix.rstrip()
+    marked = value if is_marked else prefix + value
     return marked[: LONGEST[vr]].rstrip()

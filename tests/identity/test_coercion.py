@@ -330,7 +330,7 @@ def test_descriptions_become_local_ones_with_a_mark() -> None:
 
 @pytest.mark.parametrize(
     ("description", "expected"),
-    [(None, "[N]"), ("", "[N]"), ("x" * 64, "[N] " + "x" * 60), ("[N] a", "[N] a")],
+    [(None, "[N]"), ("", "[N]"), ("x" * 64, "[N] " + "x" * 60), ("[N] a", "[N] a"), ("[N]", "[N]")],
 )
 def test_the_mark_fits_any_description(description: str | None, expected: str) -> None:
     """Absent, empty, as long as can be, or marked before."""
