@@ -7,6 +7,7 @@ then every patient is taken to have one ID everywhere, as before there was any.
 from __future__ import annotations
 
 import asyncio
+import errno
 import ssl
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def read_secrets(settings: Settings) -> dict[str, Secrets]:
     """Read certificates and tokens, by cross-reference. Blocks.
 
     Raises:
-        OSError: a file cannot be read, or holds no certificate or key.
+        OSError: a file cannot be read, or does not hold what it should.
         UnicodeDecodeError: a token is no text.
     """
     return {
@@ -112,7 +113,13 @@ def _tls(entry: CrossReferenceEntry) -> ssl.SSLContext | None:
 
 
 def _authorization(file: Path | None) -> str:
-    return "" if file is None else file.read_text("utf-8").strip()
+    if file is None:
+        return ""
+    value = file.read_text("utf-8").strip()
+    if not value or not value.isascii() or not value.isprintable():
+        # Without it, or with half of it, questions would go out and be refused.
+        raise OSError(errno.EINVAL, "not one line of text for a header")
+    return value
 
 
 class Identity:

@@ -175,6 +175,25 @@ async def test_a_table_that_is_configured_no_more_leaves_no_index(
         assert log_watch.named("cross_reference_index_left")
 
 
+@pytest.mark.parametrize("content", ["", "\n", "Bearer a\nBearer b", "Bearer \N{BULLET}"])
+def test_a_secret_that_is_no_header_is_refused(tmp_path: Path, content: str) -> None:
+    """Nobody is asked without it, or with another one; what stands there is not told."""
+    secret = tmp_path / "secret"
+    entry = {
+        "name": "fhir",
+        "type": "pixm",
+        "url": "https://127.0.0.1/fhir",
+        "authorization_file": str(secret),
+    }
+    given = settings(tmp_path, cross_references=[entry])
+    secret.write_text(content)
+    with pytest.raises(OSError, match="not one line of text") as refused:
+        read_secrets(given)
+    assert "Bearer" not in str(refused.value)
+    secret.write_text("Bearer a-b.c\n")
+    assert read_secrets(given)["fhir"].authorization == "Bearer a-b.c"
+
+
 async def test_a_merge_notice_reaches_whatever_hangs_on_the_ids(tmp_path: Path) -> None:
     """Demographics and locations go with the IDs, in every domain."""
     here = Here()
