@@ -3,15 +3,16 @@
 A flight agrees on one local patient, and every name that a holder, a listing or
 a header gives is first turned into the local ID it stands for. Rules kept: each
 retrieve asks anew, and nothing counts longer than the site has cross-references
-remembered; what was found last is at hand for an instance's header, which is
-read where nobody can wait, and is forgotten with every merge notice; an ID that
-leads to no one local ID is nobody agreed on; an outage is never taken for
-either. A source that the site has told nothing about is taken at its word: its
-IDs are local ones.
+remembered; what was found last is at hand for a minute for instances' headers,
+which are read where nobody can wait, and is forgotten with every merge notice;
+an ID that leads to no one local ID is nobody agreed on; an outage is never
+taken for either. A source that the site has told nothing about is taken at its
+word: its IDs are local ones.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Final, Protocol
 
@@ -30,6 +31,7 @@ from dicomproxy.identity.domains import (
 from dicomproxy.identity.safety import Comparison, Demographics, Unverified, Verdict, compare
 from dicomproxy.retrieval.manifest import Manifest
 
+_AT_HAND_SECONDS: Final = 60.0
 _MOST_REMEMBERED: Final = 20_000
 
 
@@ -73,7 +75,7 @@ class Persons:
 
     def __init__(self, identification: Identification | None = None) -> None:
         self.identification = identification
-        self._remembered: dict[tuple[str, PatientId], str] = {}
+        self._remembered: dict[tuple[str, PatientId], tuple[float, str]] = {}
         self.version = 0
         """Grows when something is forgotten: what was decided before no longer holds."""
         if identification is not None:
@@ -141,11 +143,12 @@ class Persons:
     def at_once(self, patient: PatientId, source: str) -> str | None:
         """Return the local ID of a patient of *source* as it was found last. For any thread.
 
-        None where it was not, or is forgotten. Whoever delivers asks :meth:`here`.
+        None where it was not, or not within a minute. Whoever delivers asks :meth:`here`.
         """
         if self.domains(source) is None:
             return patient.value
-        return self._remembered.get((source, patient))
+        held = self._remembered.get((source, patient))
+        return held[1] if held is not None and held[0] > time.monotonic() else None
 
     async def here(self, patient: PatientId, source: str) -> str:
         """Return the local ID of a patient of *source*.
@@ -164,7 +167,7 @@ class Persons:
             raise
         if len(self._remembered) >= _MOST_REMEMBERED:
             self._remembered = {}
-        self._remembered[source, patient] = local
+        self._remembered[source, patient] = time.monotonic() + _AT_HAND_SECONDS, local
         return local
 
     async def elsewhere(self, local_id: str, source: str) -> tuple[str, ...]:

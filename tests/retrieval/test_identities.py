@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 import pytest
@@ -565,6 +566,22 @@ async def test_who_somebody_is_counts_no_longer_than_the_site_wants() -> None:
     with pytest.raises(IdentityUnresolved):
         await persons.here(patient, "north")
     assert persons.at_once(patient, "north") is None
+    await site.identities.close()
+
+
+async def test_who_somebody_was_is_not_at_hand_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An instance that names them later is not refused by what was true then."""
+    site = Site()
+    persons = Persons(site)
+    patient = persons.of_value("N1", "north")
+    assert patient is not None
+    assert persons.at_once(patient, "north") is None
+    await persons.here(patient, "north")
+    assert persons.at_once(patient, "north") == sentinel.PATIENT_ID
+    later = time.monotonic() + 61
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert persons.at_once(patient, "north") is None
+    monkeypatch.undo()
     await site.identities.close()
 
 
