@@ -2,9 +2,9 @@
 
 A reader of the store gives bytes to the event loop; rewriting wants to read
 where it is. Rules kept: what a header needs is read first, without blocking, and
-rewritten from memory; only a data set whose header is longer than that, or
-deflated, is gone through by a thread, which has the loop read for it, one or two
-at a time. What nobody changes is read straight into where it is sent from.
+rewritten from memory, with a part or two from behind the pixels where something
+follows them; only a data set of which more has to be seen, or a deflated one, is
+gone through by a thread, which has the loop read for it, one or two at a time. What nobody changes is read straight into where it is sent from.
 Memory in use does not grow with the object.
 """
 
@@ -23,6 +23,10 @@ from dicomproxy.ports import InstanceReader
 HEAD_BYTES: Final = 64 * 1024
 """What is read before anything is decided; the headers of most instances end within it."""
 
+_PART_BYTES: Final = 16 * 1024
+_MOST_PARTS: Final = 4
+"""Parts that are read one by one, the beginning among them, before a thread is asked."""
+
 _THREADS: Final = 2
 _READ_SECONDS: Final = 120.0
 
@@ -34,7 +38,12 @@ class Rewriting(Protocol):
 
 
 class _Beyond(Exception):
-    """More of the data set is needed than is in memory."""
+    """More of the data set is needed than is in memory: *size* bytes from *offset* on."""
+
+    def __init__(self, offset: int, size: int) -> None:
+        self.offset = offset
+        self.size = size
+        super().__init__("more is needed")
 
 
 class Splicing:
@@ -54,13 +63,15 @@ class Splicing:
         size = reader.size
         rewritten: Rewritten | None = None
         if transfer_syntax_uid != DEFLATED_EXPLICIT_VR_LITTLE_ENDIAN:
-            head = bytearray(min(HEAD_BYTES, size))
-            if await reader.read_into([memoryview(head)], 0) != len(head):
-                raise OSError("the data set broke off")
-            try:
-                rewritten = rewriting.rewrite(_within(bytes(head), size), size, transfer_syntax_uid)
-            except _Beyond:
-                pass
+            parts = [(0, await _part(reader, 0, HEAD_BYTES))]
+            while rewritten is None:
+                try:
+                    rewritten = rewriting.rewrite(_within(parts, size), size, transfer_syntax_uid)
+                except _Beyond as beyond:
+                    if len(parts) == _MOST_PARTS or beyond.size > _PART_BYTES:
+                        break
+                    part = await _part(reader, beyond.offset, _PART_BYTES)
+                    parts.append((beyond.offset, part))
         if rewritten is None:
             read = _from_thread(reader, asyncio.get_running_loop())
             async with self._threads:
@@ -72,11 +83,25 @@ class Splicing:
         return _ChunkReader(reader, rewritten, self._threads)
 
 
-def _within(head: bytes, size: int) -> Read:
+async def _part(reader: InstanceReader, offset: int, size: int) -> bytes:
+    part = bytearray(min(size, reader.size - offset))
+    if await reader.read_into([memoryview(part)], offset) != len(part):
+        raise OSError("the data set broke off")
+    return bytes(part)
+
+
+def _within(parts: Sequence[tuple[int, bytes]], size: int) -> Read:
+    """Return how what is in memory is read: *parts* of a data set, each with its offset."""
+
     def read(offset: int, count: int) -> bytes:
-        if offset + count > len(head) and len(head) < size and offset < size:
-            raise _Beyond
-        return head[offset : offset + count]
+        count = min(count, size - offset)
+        if count <= 0:
+            return b""
+        for begin, part in parts:
+            at = offset - begin
+            if at >= 0 and at + count <= len(part):
+                return part[at : at + count]
+        raise _Beyond(offset, count)
 
     return read
 

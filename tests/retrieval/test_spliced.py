@@ -138,6 +138,16 @@ def long_header(size: int) -> bytes:
     return made.encode(EXPLICIT_VR_LITTLE_ENDIAN)
 
 
+def scattered() -> bytes:
+    """Make a data set with something to be seen in many places, far from each other."""
+    made = Identifier()
+    made.set_text(NAME, "Foreign")
+    made.set_text(ID, "N1")
+    for number in range(10):
+        made.put(Element(0x60003000 + (number << 17), "OB", bytes(HEAD_BYTES)))
+    return made.encode(EXPLICIT_VR_LITTLE_ENDIAN)
+
+
 @pytest.mark.parametrize("syntax", [EXPLICIT_VR_LITTLE_ENDIAN, IMPLICIT_VR_LITTLE_ENDIAN])
 @pytest.mark.parametrize("around", [-200, -20, 0, 300, 100_000])
 async def test_header_that_ends_behind_what_is_read_first(around: int, syntax: str) -> None:
@@ -160,6 +170,41 @@ async def test_ordinary_header_needs_no_thread(monkeypatch: pytest.MonkeyPatch) 
     data = long_header(100)
     held, _ = await opened(data, EXPLICIT_VR_LITTLE_ENDIAN)
     assert held.read == [(0, HEAD_BYTES)]
+
+
+@pytest.mark.parametrize("size", [0, 20, 20_000])
+async def test_what_follows_the_pixels_needs_no_thread(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding at the end, as many writers leave it, costs one read of where it begins."""
+
+    def forbidden(*_: Any) -> NoReturn:
+        raise AssertionError("a thread was asked")
+
+    monkeypatch.setattr(asyncio, "to_thread", forbidden)
+    data = long_header(100)
+    padding = Identifier((Element(0xFFFCFFFC, "OB", bytes(size)),))
+    padded = data + padding.encode(EXPLICIT_VR_LITTLE_ENDIAN)
+    held, reader = await opened(padded, EXPLICIT_VR_LITTLE_ENDIAN)
+    assert held.read == [(0, HEAD_BYTES), (len(data), min(size + 12, 16 * 1024))]
+    assert await read_all(reader, 5) == expected(padded, EXPLICIT_VR_LITTLE_ENDIAN)
+
+
+async def test_many_parts_are_a_thread_s_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop does not go through a long data set from part to part, over and over."""
+    asked = []
+    real = asyncio.to_thread
+
+    async def counted(*arguments: Any) -> Any:
+        asked.append(arguments)
+        return await real(*arguments)
+
+    monkeypatch.setattr(asyncio, "to_thread", counted)
+    data = scattered()
+    async with asyncio.timeout(60):
+        _, reader = await opened(data, EXPLICIT_VR_LITTLE_ENDIAN)
+        assert len(asked) == 1
+        assert await read_all(reader, 6) == expected(data, EXPLICIT_VR_LITTLE_ENDIAN)
 
 
 async def test_pixels_are_read_into_place_by_one_read() -> None:
@@ -271,13 +316,13 @@ async def test_giving_up_leaves_no_thread_behind() -> None:
 
     class Stalled(Held):
         async def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
-            if offset + sum(map(len, buffers)) > HEAD_BYTES:
+            if offset > 6 * HEAD_BYTES:
                 asked.set()
                 await refused.wait()
                 raise OSError("the reader is closed")
             return await super().read_into(buffers, offset)
 
-    held = Stalled(long_header(HEAD_BYTES))
+    held = Stalled(scattered())
     splicing = Splicing()
     async with asyncio.timeout(60):
         opening = asyncio.ensure_future(splicing.open(held, EXPLICIT_VR_LITTLE_ENDIAN, rewriter()))
