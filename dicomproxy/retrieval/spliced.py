@@ -4,8 +4,9 @@ A reader of the store gives bytes to the event loop; rewriting wants to read
 where it is. Rules kept: what a header needs is read first, without blocking, and
 rewritten from memory, with a part or two from behind the pixels where something
 follows them; only a data set of which more has to be seen, or a deflated one, is
-gone through by a thread, which has the loop read for it, one or two at a time. What nobody changes is read straight into where it is sent from.
-Memory in use does not grow with the object.
+gone through by a thread, which has the loop read for it, one or two at a time.
+What nobody changes is read straight into where it is sent from. Memory in use
+does not grow with the object.
 """
 
 from __future__ import annotations
