@@ -38,6 +38,7 @@ from tests.peers.pix_manager import PixManager, pix_manager, read_question
 from tests.peers.ports import free_port
 from tests.sentinel import PATIENT_ID
 from tests.support.certificates import authority, calling, stranger
+from tests.support.datasets import study
 
 ME = (PATIENT_ID, *HOSPITAL)
 NORTHERN = (NORTH_ID, *NORTH)
@@ -127,6 +128,32 @@ async def test_a_study_of_a_former_link_is_not_delivered_to_the_former_patient(
         assert studies(await mine(it)) == held.mine - {uid(held.north)}
         assert figures((await it.reading.move(the_study(held.north))).final) == (0, 2, 0, 0)
         assert {one.dataset().PatientID for one in it.reading.received} == {"17"}
+
+
+async def test_a_notice_ends_a_delivery_to_the_former_patient(start: MakeProxy) -> None:
+    """What is on its way arrives; nothing follows it, and nothing is counted as delivered."""
+    held = Held()
+    held.north = study(1, 12, PatientID=NORTH_ID, PatientSex="F")
+    async with told(start, held, PERSONS) as region:
+        it = region.it
+        assert studies(await mine(it)) == held.mine
+        wanted = the_study(held.north)
+        wanted.PatientID = PATIENT_ID
+        it.reading.hold()
+        async with asyncio.TaskGroup() as group:
+            moving = group.create_task(it.reading.move(wanted, root="P"))
+            await it.reading.held()
+            region.manager.persons = list(ELSEWHERE)
+            await region.notice(a31(ME, SOUTHERN))
+            it.reading.release()
+        final = moving.result().final
+        assert final.status in (0xA702, 0xB000)
+        on_their_way = 2  # one on each association
+        delivered = len(it.reading.received)
+        assert delivered <= on_their_way
+        assert (final.completed, final.failed) == (delivered, 12 - delivered)
+        withheld = it.proxy.named("instance_withheld")
+        assert {line["reason"] for line in withheld} <= {"identity_conflict", "identity_changes"}
 
 
 async def test_an_association_that_stands_across_a_reload_is_told_too(start: MakeProxy) -> None:
