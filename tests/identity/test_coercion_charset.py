@@ -53,12 +53,17 @@ NAMES: dict[str, tuple[Any, str]] = {
 def rewritten(
     dataset: Dataset, patient: LocalPatient, settings: CoercionSettings, accessions: Any = None
 ) -> FileDataset:
-    data = data_set_bytes(dataset)
     syntax = str(dataset.file_meta.TransferSyntaxUID)
+    return read(dataset, coerced(data_set_bytes(dataset), syntax, patient, settings, accessions))
+
+
+def coerced(
+    data: bytes, syntax: str, patient: LocalPatient, settings: CoercionSettings, accessions: Any
+) -> bytes:
     made = Coercer(patient, settings, accessions, AT).rewrite(
         lambda at, size: data[at : at + size], len(data), syntax
     )
-    return read(dataset, b"".join(made.chunks()))
+    return b"".join(made.chunks())
 
 
 def read(dataset: Dataset, data: bytes) -> FileDataset:
@@ -340,6 +345,24 @@ def test_restoring_gives_every_coerced_value_back(
     found = rewritten(dataset, *coercion)
 
     assert texts(restored(found, original)) == texts(original)
+
+
+@given(objects(), coercions(), coercions())
+def test_coercions_are_taken_back_one_after_the_other(
+    dataset: Dataset,
+    once: tuple[LocalPatient, CoercionSettings, Any],
+    again: tuple[LocalPatient, CoercionSettings, Any],
+) -> None:
+    """An object that came through two proxies has both records, and leads back through both."""
+    syntax = str(dataset.file_meta.TransferSyntaxUID)
+    data = data_set_bytes(dataset)
+    first = coerced(data, syntax, *once)
+    second = read(dataset, coerced(first, syntax, *again))
+
+    back = restored(second, read(dataset, first))
+    assert texts(back) == texts(read(dataset, first))
+    original = read(dataset, data)
+    assert texts(restored(back, original)) == texts(original)
 
 
 @given(objects(), coercions())
