@@ -16,6 +16,7 @@ remembered of those IDs. Everything held is bounded.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -156,6 +157,7 @@ class Identities:
         self._touching: dict[PatientId, set[_Question]] = {}
         # Forgotten lately, the longest ago first; until when nothing is remembered of them.
         self._unsettled: OrderedDict[PatientId, float] = OrderedDict()
+        self._all_settled_at = -math.inf
         self._flights: dict[_Question, _Flight] = {}
         self._running: set[_Flight] = set()
         self._callbacks: list[OnForget] = []
@@ -329,7 +331,7 @@ class Identities:
         now = self._clock()
         while self._unsettled and next(iter(self._unsettled.values())) <= now:
             self._unsettled.popitem(last=False)
-        return self._unsettled.keys().isdisjoint(patients)
+        return now >= self._all_settled_at and self._unsettled.keys().isdisjoint(patients)
 
     def _remember(self, question: _Question, found: _Found) -> None:
         if not self.settled(question.patient, *found.ids):
@@ -397,8 +399,14 @@ class Identities:
         while len(self._unsettled) > _MOST_UNSETTLED:
             self._unsettled.popitem(last=False)
 
-    def forget_all(self) -> None:
-        """Drop everything remembered: a whole cross-reference is another one now."""
+    def forget_all(self, *, settle: bool = False) -> None:
+        """Drop everything remembered: a whole cross-reference is another one now.
+
+        With *settle* nothing is remembered for a while, as after :meth:`forget`: it
+        was told of by somebody else.
+        """
+        if settle:
+            self._all_settled_at = self._clock() + self._settle_seconds
         self._held.clear()
         self._touching.clear()
         for flight in self._running:

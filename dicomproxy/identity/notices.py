@@ -229,6 +229,6 @@ def _forget(service: IdentityService, notice: IdentityNotice) -> int:
     ]
     ours = set(domains)
     if not any(patient.domain in ours for patient in patients):
-        service.identities.forget_all()
+        service.identities.forget_all(settle=True)
         return 0
     return len(service.identities.forget(*patients))

@@ -683,6 +683,23 @@ async def test_found_id_that_a_merge_named_is_not_remembered(make: Make) -> None
     assert len(provider.asked) == 2
 
 
+@pytest.mark.parametrize("settle", [True, False])
+async def test_whole_cross_reference_may_have_to_settle_too(make: Make, settle: bool) -> None:
+    """Where somebody else told that anything may have changed; not where it said so itself."""
+    clock = Clock()
+    provider = Scripted({ME, north("N1")})
+    identities = make(provider, clock=clock, settle_seconds=30)
+    identities.forget_all(settle=settle)
+
+    for _ in range(2):
+        assert await identities.elsewhere(ME, "north") == (north("N1"),)
+    assert len(provider.asked) == (2 if settle else 1)
+    clock.now = 30
+    for _ in range(2):
+        await identities.elsewhere(ME, "north")
+    assert len(provider.asked) == (3 if settle else 1)
+
+
 async def test_merges_kept_in_mind_are_bounded(make: Make) -> None:
     """Of a flood of notices the latest count."""
     identities = make(Scripted())
