@@ -92,15 +92,25 @@ def report(
         _log.info("identity_name_differs", source=source, study_instance_uid=study_instance_uid)
 
 
-def report_unresolved(
-    source: str, unresolved: IdentityUnresolved, *, study_instance_uid: str = ""
-) -> None:
-    """Say that what a source has is withheld, since its ID leads to no one local ID."""
-    _WITHHELD.labels(source, unresolved.reason).inc()
-    _remember(source, "identity_unresolved", unresolved.reason)
-    _log.warning(
-        "identity_unresolved",
-        source=source,
-        reason=unresolved.reason,
-        study_instance_uid=study_instance_uid,
-    )
+def report_conflict(source: str, reason: str, **fields: object) -> None:
+    """Say that what a source has is withheld, since it names another patient, or another study.
+
+    Args:
+        reason: in which way, in a word.
+        fields: what else the log line says.
+    """
+    _WITHHELD.labels(source, reason).inc()
+    _remember(source, "identity_conflict", reason)
+    _log.warning("identity_conflict", source=source, reason=reason, **fields)
+
+
+def report_unresolved(source: str, unresolved: IdentityUnresolved, **fields: object) -> None:
+    """Say that what a source has is withheld, since its ID leads to no one local ID.
+
+    Args:
+        fields: what the log line says besides source and reason.
+    """
+    reason = unresolved.reason
+    _WITHHELD.labels(source, reason).inc()
+    _remember(source, "identity_unresolved", reason)
+    _log.warning("identity_unresolved", source=source, reason=reason, **fields)

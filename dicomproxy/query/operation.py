@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from prometheus_client import Counter, Histogram
 
+from dicomproxy.identity.reports import report_conflict
 from dicomproxy.logs import get_logger
 from dicomproxy.ports import AuditEvent, Caller, Failure, LocalAnswer, Location
 from dicomproxy.query.merge import Merge, Verdict
@@ -165,9 +166,9 @@ class Query:
 
     def report_conflict(self, study: str, source: str) -> None:
         """Report a source that knows a study under another patient."""
-        _log.warning(
-            "identity_conflict",
-            source=source,
+        report_conflict(
+            source,
+            "holders_disagree",
             study_instance_uid=study,
             operation_id=self.operation_id,
             query_level=self.request.level.value,

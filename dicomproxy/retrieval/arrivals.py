@@ -28,6 +28,7 @@ from prometheus_client import Counter
 from dicomproxy.dataset.header import InstanceHeader
 from dicomproxy.dataset.patient import PatientId
 from dicomproxy.identity.crossref import IdentityUnresolved
+from dicomproxy.identity.reports import report_conflict, report_unresolved
 from dicomproxy.logs import error_fields, get_logger
 from dicomproxy.ports import (
     CrossReferenceError,
@@ -110,6 +111,7 @@ class FlightArrival:
         self._loop = asyncio.get_running_loop()
         self._flight: Flight | None = None
         self._series_instance_uid = ""
+        self._unresolved: IdentityUnresolved | None = None
         self._doubtful_for: list[RetrieveOrder] = []
         self._over = False
         self._patient_id = ""
@@ -188,7 +190,8 @@ class FlightArrival:
         try:
             self._patient_id = await flight.persons.here(named, self._source)
             agrees = flight.agrees(self._patient_id)
-        except IdentityUnresolved:
+        except IdentityUnresolved as unresolved:
+            self._unresolved = unresolved
             raise Refused(IDENTITY_UNRESOLVED) from None
         except CrossReferenceError:
             raise Refused(IDENTITY_UNKNOWN) from None
@@ -201,18 +204,13 @@ class FlightArrival:
     def _turned_away(self, reason: str) -> int:
         self._fail(reason)
         if reason in (IDENTITY_UNRESOLVED, IDENTITY_UNKNOWN):
-            _log.warning(
-                "identity_unresolved",
-                source=self._source,
-                sop_instance_uid=self._sop_instance_uid,
-                reason="no_answer" if reason == IDENTITY_UNKNOWN else "no_local_id",
-            )
+            unresolved = self._unresolved or IdentityUnresolved("no_answer")
+            report_unresolved(self._source, unresolved, sop_instance_uid=self._sop_instance_uid)
         elif reason in (IDENTITY_CONFLICT, OTHER_STUDY):
-            _log.warning(
-                "identity_conflict",
-                source=self._source,
+            report_conflict(
+                self._source,
+                "other_patient" if reason == IDENTITY_CONFLICT else reason,
                 sop_instance_uid=self._sop_instance_uid,
-                reason="other_patient" if reason == IDENTITY_CONFLICT else reason,
             )
         return _STATUS.get(reason, CANNOT_UNDERSTAND)
 

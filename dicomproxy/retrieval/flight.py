@@ -18,7 +18,7 @@ from dicomproxy.dataset.header import HeaderError, Read, read_header
 from dicomproxy.dataset.levels import Level
 from dicomproxy.dataset.patient import PatientId
 from dicomproxy.identity.crossref import IdentityUnresolved
-from dicomproxy.identity.reports import report_unresolved
+from dicomproxy.identity.reports import report_conflict, report_unresolved
 from dicomproxy.logs import error_fields, get_logger
 from dicomproxy.ports import (
     CachedInstance,
@@ -101,12 +101,7 @@ class Flight:
         self._opened = True
         lease.touch()
         if not await self._cached_patient_agrees():
-            _log.warning(
-                "identity_conflict",
-                study_instance_uid=self.study_instance_uid,
-                source="cache",
-                reason="patient_changed",
-            )
+            report_conflict("cache", "patient_changed", study_instance_uid=self.study_instance_uid)
             await self._drop()
         for instance in list(self.lease.instances.values()):
             self._append(instance)
@@ -190,11 +185,8 @@ class Flight:
         """Let a subscriber have what is held, and fetch what is not."""
         subscription.begin(len(self.log))
         if subscription.patient_id and not self.agrees(subscription.patient_id):
-            _log.warning(
-                "identity_conflict",
-                study_instance_uid=self.study_instance_uid,
-                reason="request_disagrees",
-            )
+            first = next((holder.name for holder in subscription.holders), "cache")
+            report_conflict(first, "request_disagrees", study_instance_uid=self.study_instance_uid)
             subscription.visible = frozenset()
             subscription.outcome = FlightOutcome(complete=False)
             return
@@ -436,12 +428,11 @@ class Flight:
         uid = instance.sop_instance_uid
         if not self.agrees(patient_id):
             # Two that contradict each other came before any patient was agreed on.
-            _log.warning(
-                "identity_conflict",
+            report_conflict(
+                source,
+                "headers_disagree",
                 study_instance_uid=self.study_instance_uid,
                 sop_instance_uid=uid,
-                source=source,
-                reason="headers_disagree",
             )
             self.refused(source, uid, "identity_conflict")
             self.take_back(source, stored)
@@ -536,12 +527,7 @@ class Flight:
         Args:
             patient: whom it names, as it names them.
         """
-        _log.warning(
-            "identity_conflict",
-            study_instance_uid=self.study_instance_uid,
-            source=source,
-            reason="patient_changed",
-        )
+        report_conflict(source, "patient_changed", study_instance_uid=self.study_instance_uid)
         self.asked.discard(source)
         self._legs[source].stop()
         usual = self.persons.usual_id(patient, source)

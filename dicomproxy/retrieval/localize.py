@@ -24,7 +24,7 @@ from dicomproxy.dataset.splice import Decision, Rewriter, SpliceError
 from dicomproxy.identity.accession import Shown
 from dicomproxy.identity.coercion import SIGNATURES, LocalPatient, accession_numbers, coerce
 from dicomproxy.identity.crossref import IdentityUnresolved
-from dicomproxy.identity.reports import report, report_unresolved
+from dicomproxy.identity.reports import report, report_conflict, report_unresolved
 from dicomproxy.identity.safety import Comparison, Verdict, compare, demographics_of
 from dicomproxy.logs import get_logger
 from dicomproxy.ports import CachedInstance, CrossReferenceError, InstanceReader
@@ -286,12 +286,7 @@ class _Source:
             return "identity_unknown"
         if subscription.agrees(local_id):
             return ""
-        _log.warning(
-            "identity_conflict",
-            source=self.name,
-            study_instance_uid=study,
-            reason="other_patient",
-        )
+        report_conflict(self.name, "other_patient", study_instance_uid=study)
         return "identity_conflict"
 
     def unresolved(self, unresolved: IdentityUnresolved, subscription: Subscription) -> Withheld:

@@ -22,7 +22,7 @@ from dicomproxy.dataset.identifier import Identifier
 from dicomproxy.dataset.levels import PATIENT_ID, STUDY_INSTANCE_UID, Level
 from dicomproxy.dataset.patient import PatientId
 from dicomproxy.identity.crossref import IdentityUnresolved
-from dicomproxy.identity.reports import report_unresolved
+from dicomproxy.identity.reports import report_conflict, report_unresolved
 from dicomproxy.logs import error_fields, get_logger
 from dicomproxy.ports import (
     LOCAL,
@@ -319,12 +319,8 @@ class Locator:
                 continue
             source = holder.source
             if agreed and local and local != agreed:
-                _log.warning(
-                    "identity_conflict",
-                    study_instance_uid=uid,
-                    source=source.name,
-                    reason="holders_disagree" if not patient_id else "request_disagrees",
-                )
+                reason = "holders_disagree" if not patient_id else "request_disagrees"
+                report_conflict(source.name, reason, study_instance_uid=uid)
                 continue
             value = holder.patient.value if holder.patient is not None else ""
             kept.setdefault(source.name, Holder(source, value))

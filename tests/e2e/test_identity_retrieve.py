@@ -5,6 +5,8 @@ One region serves most tests of this module, each with studies of its own.
 
 from __future__ import annotations
 
+import asyncio
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -194,8 +196,8 @@ async def test_every_syntax_is_delivered_as_it_is_and_local(it: Setup, held: Reg
 
 
 async def test_strays_among_the_instances_are_not_delivered(it: Setup, held: Region) -> None:
-    """Whoever else an instance names, it fails alone, is listed and is never sent."""
-    since = Since(it)
+    """Whoever else an instance names, it fails alone, is listed, told of, and never sent."""
+    since, total = Since(it), "dicomproxy_identity_withheld_total"
     for _ in range(2):
         moved = await it.reading.move(the_study(held.good))
         assert sorted(arrived(it.reading)) == uids(held.good)
@@ -213,12 +215,18 @@ async def test_strays_among_the_instances_are_not_delivered(it: Setup, held: Reg
         for line in since.lines()
         if line["event"].startswith("identity_")
     }
-    assert reasons >= {
+    told = {
         ("identity_conflict", "other_patient"),
         ("identity_conflict", "birth_date"),
         ("identity_conflict", "sex"),
         ("identity_unresolved", "no_local_id"),
+        ("identity_unresolved", "unknown_issuer"),
     }
+    assert reasons >= told
+    _, page = await asyncio.to_thread(it.proxy.http, "/")
+    for event, reason in told:
+        assert re.search(f"north {event}<[^a-z]*td[^a-z]*td[^a-z]*>{reason}<", page), reason
+        assert await it.proxy.metric(total, source="north", reason=reason) >= 1
 
 
 async def test_instances_that_name_nobody_or_a_known_other_id_are_the_patients(
