@@ -369,6 +369,24 @@ async def test_header_without_a_patient(make: Make) -> None:
     assert {one.text(ID) for one in decoded(workstation)} == {sentinel.PATIENT_ID}
 
 
+async def test_object_that_cannot_be_rewritten_is_not_delivered_as_it_is(
+    make: Make, log_watch: LogWatch
+) -> None:
+    """It is Failed, listed and told of, and the rest of its study comes."""
+    archive = held("north", "N1")
+    archive.values[f"{STUDY}.1.2"] = {OTHER_IDS: "not a sequence at all"}
+    world = make(archive, identity=Site())
+    workstation = Workstation()
+    outcome = await run(world, workstation)
+    assert (outcome.status, outcome.completed, outcome.failed) == (0xB000, 1, 1)
+    assert outcome.failed_sop_instance_uids == (f"{STUDY}.1.2",)
+    assert list(workstation.data) == [f"{STUDY}.1.1"]
+    assert_local(workstation, {"N1"})
+    (told,) = log_watch.named("instance_withheld")
+    assert (told["reason"], told["result"]) == ("cannot_splice", "failed")
+    assert told["sop_instance_uid"] == f"{STUDY}.1.2"
+
+
 async def test_stray_that_is_still_being_removed_has_failed(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
