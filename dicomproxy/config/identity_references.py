@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from dicomproxy.config.document import Document, Tree
 from dicomproxy.config.faults import YamlPath, closest, show_text, show_value
 from dicomproxy.config.values import ProviderName, Uid
+from dicomproxy.dataset.patient import Domain
 
 _NAME: Final[TypeAdapter[Any]] = TypeAdapter(ProviderName)
 _UID: Final[TypeAdapter[Any]] = TypeAdapter(Uid)
@@ -60,14 +61,13 @@ class _Domain:
     def is_named(self) -> bool:
         return bool(self.namespace or self.universal_id)
 
+    @property
+    def value(self) -> Domain:
+        return Domain(self.namespace or "", self.universal_id or "", self.universal_id_type)
+
     def matches(self, other: _Domain) -> bool:
         """Tell whether both are one, as patient IDs are compared."""
-        if self.universal_id and other.universal_id:
-            return (self.universal_id_type, self.universal_id) == (
-                other.universal_id_type,
-                other.universal_id,
-            )
-        return bool(self.namespace) and self.namespace == other.namespace
+        return self.value.matches(other.value)
 
 
 def _is_this_machine(host: str) -> bool:

@@ -304,6 +304,12 @@ def test_secret_for_a_program_on_this_machine_needs_no_tls(host: str) -> None:
     )
 
 
+def test_domain_in_another_case_is_one() -> None:
+    """A UUID has none: such a source shares the local domain, here as in answers."""
+    here, there = (f"{{universal_id: {one}, universal_id_type: UUID}}" for one in ("AB-1", "ab-1"))
+    read(local=LOCAL.replace("HOSPITAL", here), source=f", patient_id_issuer: {there}")
+
+
 def test_domain_written_twice_is_one() -> None:
     """A source whose issuer is the local one, under another spelling, needs no cross-reference."""
     settings = read(local=WITH_OID, source=", patient_id_issuer: HOSPITAL")
