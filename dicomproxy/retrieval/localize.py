@@ -35,7 +35,7 @@ from dicomproxy.retrieval.subscription import Subscription
 _ATTEMPTS: Final = 8
 """How often it is decided again: for the patient, for accession numbers, after merges."""
 
-_MOST_REWRITERS: Final = 16
+_MOST_REWRITERS: Final = 4
 """Seconds in which instances came, for each of which headers and decisions are remembered."""
 
 _log = get_logger()
