@@ -351,11 +351,17 @@ class Translation:
 
     async def _demographics(self, patient: PatientId) -> Demographics | None:
         # Whatever is remembered: it may have been corrected, and remote rows wait anyway.
-        if self._local_seconds:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._local_seconds):
-                    await self._local_taken.wait()
-            self._local_seconds = 0.0
+        half = self._local_seconds / 2
+        if half and not await self._told_within(half):
+            if self._identity.known.of(patient) is not None:
+                await self._told_within(half)
+            else:
+                # Slow, or down: asked something smaller, and no longer than rows are held.
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(half):
+                        await self._identity.demographics(patient)
+                self._untold.add(patient)
+        self._local_seconds = 0.0
         if patient in self._untold and self._identity.known.of(patient) is None:
             # A local PACS that hangs costs its deadline once an operation, not once a row.
             return None
@@ -363,6 +369,13 @@ class Translation:
         if demographics is None:
             self._untold.add(patient)
         return demographics
+
+    async def _told_within(self, seconds: float) -> bool:
+        """Wait for all that the local PACS answers; whether it came."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._local_taken.wait()
+        return self._local_taken.is_set()
 
     async def _row_of_study(self, source: str, study: str) -> Identifier | None:
         """Return what *source* says of a study and its patient; None if it says nothing."""

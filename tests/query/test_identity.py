@@ -16,7 +16,7 @@ from dicomproxy.dataset.patient import PatientId
 from dicomproxy.identity.accession import AccessionPolicy
 from dicomproxy.identity.coercion_rules import Action, Rule
 from dicomproxy.identity.safety import Unverified
-from dicomproxy.ports import CrossReferenceError, Failure, Location, SourceError
+from dicomproxy.ports import CrossReferenceError, Failure, Location, SourceError, SourceQuery
 from dicomproxy.query import merge
 from dicomproxy.query.coordinator import QueryCoordinator
 from dicomproxy.query.waiting import Waiting
@@ -55,6 +55,7 @@ class IdentityBench(Bench):
         here: ScriptedLocal,
         *sources: ScriptedSource,
         locations: RememberedLocations | None = None,
+        local_seconds: float = 10.0,
     ) -> None:
         super().__init__(here, *sources, locations=locations)
         self.coordinator = QueryCoordinator(
@@ -62,7 +63,7 @@ class IdentityBench(Bench):
             {source.name: source for source in sources},
             self.locations,
             self.audit,
-            10.0,
+            local_seconds,
             lambda _study: False,
             identity=site.service,
         )
@@ -341,6 +342,38 @@ async def test_a_patient_whom_the_local_pacs_does_not_tell_is_asked_about_once_a
     async with bench(site, ScriptedLocal(), source("north", *studies)) as it:
         assert len(uids(await it.answers(**KEYS))) == len(studies)
     assert len(site.asked) == 1
+
+
+class Silent(Site):
+    """Its local PACS does not even say who the patient is."""
+
+    async def ask(self, query: SourceQuery) -> AsyncIterator[Identifier]:
+        self.asked.append(query)
+        await asyncio.Event().wait()
+        yield HERE
+
+
+async def test_a_silent_local_pacs_holds_remote_rows_for_one_deadline() -> None:
+    """Its answer is waited for, then it is asked who the patient is, within the same time."""
+    site = Silent(ME)
+    local_pacs = ScriptedLocal(asyncio.Event())
+    archive = source("north", there("1.2"))
+    async with asyncio.timeout(8), bench(site, local_pacs, archive, local_seconds=0.2) as it:
+        async for answer in it.find(**KEYS):
+            assert uids([answer]) == ["1.2"]
+            break
+    assert len(site.asked) == 1
+
+
+async def test_a_local_pacs_that_is_slow_to_answer_is_asked_who_the_patient_is() -> None:
+    """What contradicts is withheld all the same, before the local PACS has answered."""
+    site = Site(ME, here=[HERE])
+    local_pacs = ScriptedLocal(asyncio.Event())
+    archive = source("north", there("1.2", PatientSex="M"), there("1.3"))
+    async with bench(site, local_pacs, archive, local_seconds=0.2) as it:
+        async for answer in it.find(**KEYS):
+            assert uids([answer]) == ["1.3"]
+            break
 
 
 async def test_who_the_patient_is_is_learnt_from_the_same_query() -> None:
