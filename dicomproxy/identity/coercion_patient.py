@@ -1,6 +1,6 @@
 """The patient module of a foreign object in local words (PS3.3 C.7.1.1). Pure.
 
-The foreign ID moves into Other Patient IDs Sequence with its issuer. Other IDs
+The foreign ID moves into Other Patient IDs Sequence with its issuer and type. Other IDs
 that the object names stay, those without an issuer get that of their source,
 since an unqualified number may be somebody else's here; one that claims to be
 of the local domain goes, because only this site says what its IDs are. Retired
@@ -32,6 +32,7 @@ PATIENT_TAGS: Final = frozenset(
         _NAME,
         _ID,
         _ISSUER,
+        _TYPE,
         _QUALIFIERS,
         _BIRTH_DATE,
         _SEX,
@@ -63,6 +64,8 @@ def make_patient_local(
         _other_ids(work, foreign, local, source)
     if local.domain.is_named or foreign.value != local.value:
         _issuer(work, local.domain)
+    if foreign.value != local.value:
+        work.remove(_TYPE)
     put(work, _ID, local.value)
     if demographics is not None:
         put(work, _NAME, demographics.name)
@@ -106,7 +109,7 @@ def _other_ids(work: Identifier, foreign: PatientId, local: PatientId, source: D
         item = item_within(work)
         put(item, _ID, foreign.value)
         _issuer(item, foreign.domain)
-        put(item, _TYPE, "TEXT")
+        put(item, _TYPE, work.text(_TYPE) or "TEXT")
         kept.append(item)
     put_items(work, _OTHER_IDS_SEQUENCE, kept)
     work.remove(_OTHER_IDS)

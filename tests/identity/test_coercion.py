@@ -118,6 +118,15 @@ def test_the_foreign_id_is_kept_with_its_issuer() -> None:
     assert coerced(found).OtherPatientIDsSequence == found.OtherPatientIDsSequence
 
 
+def test_what_kind_of_id_the_foreign_one_is_goes_with_it() -> None:
+    """The local ID is not said to be read from a wristband because the foreign one was."""
+    found = coerced(instance(TypeOfPatientID="BARCODE"))
+
+    assert "TypeOfPatientID" not in found
+    assert found.OtherPatientIDsSequence[0].TypeOfPatientID == "BARCODE"
+    assert previous(found).TypeOfPatientID == "BARCODE"
+
+
 @pytest.mark.parametrize(
     ("other", "expected"),
     [

@@ -238,6 +238,7 @@ def objects(draw: st.DrawFn) -> Dataset:
     perhaps("PatientName", names(script))
     perhaps("PatientID", text)
     perhaps("IssuerOfPatientID", text)
+    perhaps("TypeOfPatientID", st.sampled_from(["TEXT", "RFID"]))
     perhaps("PatientBirthDate", st.sampled_from(["19700101", "20200229"]))
     perhaps("PatientSex", st.sampled_from("MFO"))
     perhaps("OtherPatientIDs", word)
