@@ -213,6 +213,9 @@ class Flight:
 
     def _walk_again(self, subscription: Subscription) -> None:
         subscription.outcome = None
+        # At once: what is cached must not go out before it is known that somebody is asked.
+        for holder in subscription.holders:
+            self._leg(holder).prepare(subscription.selection.series_instance_uids)
         walk = self.spawn(self._walk(subscription), "walk")
         walk.add_done_callback(lambda ended: self._walked(subscription, ended))
         subscription.walk = walk

@@ -637,6 +637,19 @@ async def test_delivery_begins_before_everything_is_listed(make: Make) -> None:
     assert running.result() == RetrieveOutcome(0x0000, completed=2)
 
 
+async def test_cached_study_that_its_archive_has_given_to_another(make: Make) -> None:
+    """Not one instance goes out before the archive has said whose study it is now."""
+    archive = held("north", "N1", 4)
+    world = make(archive, identity=Site())
+    assert (await run(world, Workstation())).completed == 4
+    archive.studies[STUDY].patient_id = sentinel.PATIENT_ID
+    request = RetrieveRequest(Root.PATIENT, Level.STUDY, sentinel.PATIENT_ID, (STUDY,))
+    for _ in range(2):
+        workstation = Workstation()
+        assert (await run(world, workstation, request)).completed == 0
+        assert workstation.received == []
+
+
 async def test_merge_of_others_disturbs_nothing(make: Make) -> None:
     """After a notice about somebody else the rest of a study is delivered like its beginning."""
     site, archive = Site(), held("north", "N1", 4)
