@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import random
 import struct
-import warnings
 import zlib
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import pydicom
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydicom import Dataset, Sequence, dcmread
-from pydicom.dataset import FileDataset
+from pydicom import Dataset, Sequence
 
 from dicomproxy.dataset.header import (
     DEFLATED_EXPLICIT_VR_LITTLE_ENDIAN,
@@ -26,7 +21,6 @@ from dicomproxy.dataset.header import (
     IMPLICIT_VR_LITTLE_ENDIAN,
 )
 from dicomproxy.dataset.identifier import Element, Identifier
-from dicomproxy.dataset.part10 import Part10Error, read_file_meta
 from dicomproxy.dataset.splice import (
     Copy,
     Decision,
@@ -41,66 +35,10 @@ from dicomproxy.dataset.splice import (
 )
 from tests.sentinel import PATIENT_ID, PATIENT_NAME
 from tests.support.datasets import data_set_bytes, instance
+from tests.support.packaged import PACKAGED, comparable, reading
 
 UNCOMPRESSED = (IMPLICIT_VR_LITTLE_ENDIAN, EXPLICIT_VR_LITTLE_ENDIAN, EXPLICIT_VR_BIG_ENDIAN)
 WANTED = frozenset({0x00080005, 0x00100010, 0x00100020, 0x00101002, 0x00400275, 0x04000561})
-
-
-def reading(data: bytes) -> Callable[[int, int], bytes]:
-    return lambda offset, size: data[offset : offset + size]
-
-
-class Packaged(NamedTuple):
-    """One of pydicom's files: what precedes its data set, the data set, its transfer syntax."""
-
-    name: str
-    head: bytes
-    data: bytes
-    syntax: str
-
-    def dataset(self, data: bytes) -> FileDataset:
-        """Decode *data* in place of its data set."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dataset = dcmread(io.BytesIO(self.head + data), force=True)
-            for _ in dataset.iterall():
-                pass
-        return dataset
-
-
-DATA = Path(pydicom.__file__).parent / "data"
-NO_DATA_SETS = frozenset({".py", ".pyc", ".json", ".txt", ".md", ".dump", ".icc"})
-"""Code, lists, descriptions, dumps as text, and a colour profile."""
-
-
-def packaged() -> Iterator[Packaged]:
-    """Yield every data set that comes with pydicom, whatever its file is called.
-
-    Those without meta information are included, and the one that is compressed.
-    """
-    for path in sorted(DATA.rglob("*")):
-        if not path.is_file() or path.suffix in NO_DATA_SETS or path.name == "README":
-            continue
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-        try:
-            meta = read_file_meta(reading(content))
-            offset, syntax = meta.data_set_offset, meta.transfer_syntax_uid
-        except Part10Error:
-            offset = 132 if content[128:132] == b"DICM" else 0
-            while content[offset : offset + 2] == b"\x02\x00":
-                vr, length = struct.unpack_from("<2sH", content, offset + 4)
-                if vr in (b"OB", b"UN"):
-                    (length,) = struct.unpack_from("<L", content, offset + 8)
-                    offset += 4
-                offset += 8 + length
-            big_endian = content[offset : offset + 2] == b"\x00\x08"
-            syntax = EXPLICIT_VR_BIG_ENDIAN if big_endian else EXPLICIT_VR_LITTLE_ENDIAN
-        yield Packaged(str(path.relative_to(DATA)), content[:offset], content[offset:], syntax)
-
-
-PACKAGED = {one.name: one for one in packaged()}
 
 
 def changes() -> Dataset:
@@ -141,14 +79,6 @@ def whole(made: Rewritten) -> bytes:
     result = b"".join(made.chunks())
     assert len(result) == made.total_bytes
     return result
-
-
-def comparable(dataset: Dataset) -> Dataset:
-    """Leave out what a change of length makes wrong, or what is only there to say a length."""
-    for element in list(dataset):
-        if not element.tag.element or element.tag == 0x00080001:
-            del dataset[element.tag]
-    return dataset
 
 
 @pytest.mark.parametrize("name", PACKAGED)
