@@ -12,6 +12,7 @@ from dicomproxy.config.values import (
     Flag,
     HttpUrl,
     IssuerText,
+    Minutes,
     Namespace,
     PeerHost,
     Port,
@@ -130,8 +131,8 @@ class CrossReferenceEntry(Section):
 class IdentitySection(Section):
     """What is remembered of cross-references."""
 
-    remember: Duration = key("How long an ID that was found is remembered", "5m")
-    remember_none: Duration = key("How long it is remembered that a patient has none", "30s")
+    remember: Minutes = key("How long an ID that was found is remembered", "5m")
+    remember_none: Minutes = key("How long it is remembered that a patient has none", "30s")
     timeout: Duration = key(
         "For one cross-reference to answer, whatever its own timeout, before the next is asked; "
         "what is left of a query's budget is for the source",

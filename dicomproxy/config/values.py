@@ -131,17 +131,21 @@ def _quantity(
     return float(found[1]) * units[found[2].lower() or plain]
 
 
-def duration(*, zero: bool = False) -> Kind:
+def duration(at_most: str = "", *, zero: bool = False) -> Kind:
     """Return the kind of a time span in seconds; *zero* allows none at all."""
+    most = _to_seconds(at_most) if at_most else _LONGEST_SECONDS
+    limits = f"at most {at_most or '3650d'}"
 
     def convert(value: object) -> float:
-        seconds = float(_quantity(value, _DURATION, _SECONDS, "s"))
-        if not 0 <= seconds <= _LONGEST_SECONDS or (seconds == 0 and not zero):
-            raise ValueError("more than 0, at most 3650d" if not zero else "at most 3650d")
+        seconds = _to_seconds(value)
+        if not 0 <= seconds <= most or (seconds == 0 and not zero):
+            raise ValueError(limits if zero else f"more than 0, {limits}")
         return seconds
 
     return Kind(
-        "a duration such as 500ms, 5s, 2m, 1h or 7d",
+        f"a duration such as 500ms or 5s, {limits}"
+        if at_most
+        else "a duration such as 500ms, 5s, 2m, 1h or 7d",
         convert,
         {
             "anyOf": [
@@ -150,6 +154,10 @@ def duration(*, zero: bool = False) -> Kind:
             ]
         },
     )
+
+
+def _to_seconds(value: object) -> float:
+    return float(_quantity(value, _DURATION, _SECONDS, "s"))
 
 
 def size(at_least: str, at_most: str = "") -> Kind:
@@ -245,6 +253,7 @@ Fraction = Annotated[
 ]
 Duration = Annotated[float, duration()]
 Pause = Annotated[float, duration(zero=True)]
+Minutes = Annotated[float, duration("1h")]
 Flag = Annotated[bool, Kind("true or false", _flag, {"type": "boolean"})]
 Port = Annotated[int, whole(1, 65535, "a port")]
 BindPort = Annotated[int, whole(0, 65535, "a port (0 takes a free one),")]

@@ -188,6 +188,12 @@ def test_files_are_relative_to_the_configuration(tmp_path: Path) -> None:
             "an https url",
         ),
         (
+            text(rest="identity: {remember: 7d}\n"),
+            "identity.remember",
+            "'7d'",
+            "at most 1h",
+        ),
+        (
             text(local=LOCAL.replace("HOSPITAL", "{universal_id_type: ISO}")),
             "local.patient_id_issuer",
             "a domain without a name",
