@@ -162,6 +162,21 @@ async def test_ids_of_sources_and_of_nobody_find_nothing(it: Setup) -> None:
         assert (result.final.status, studies(result)) == (0x0000, set())
 
 
+async def test_an_issuer_in_the_question_says_whose_the_id_is(it: Setup, held: Region) -> None:
+    """With the local issuer it is a local ID; with any other it is somebody else's."""
+    assert studies(await mine(it, IssuerOfPatientID="HOSPITAL")) >= held.mine - {uid(held.here)}
+    asked = [len(one.requests) for one in it.archives]
+    for patient, issuer in (
+        (PATIENT_ID, "NORTH"),
+        (NORTH_ID, "NORTH"),
+        (NORTH_ID, "SOUTH"),
+        (PATIENT_ID, "UNKNOWN"),
+    ):
+        found = studies(await mine(it, PatientID=patient, IssuerOfPatientID=issuer))
+        assert found <= {uid(held.here)}  # an archive that overlooks the issuer
+    assert [len(one.requests) for one in it.archives] == asked
+
+
 async def test_a_contradiction_is_withheld(it: Setup, held: Region) -> None:
     """The cross-reference is wrong: who it leads to is of another age, or of another sex."""
     since = Since(it)

@@ -88,6 +88,11 @@ def patients() -> dict[tuple[str, str], Patient]:
         made_of[here, there] = Patient(
             *ids, made("H", ids[0], WRITINGS[here]), made("N", ids[1], WRITINGS[there])
         )
+    # Nor are IDs always ASCII.
+    ids = "HÉRE-0077", "ЯTHERE-0077"
+    made_of["ids", "ids"] = Patient(
+        *ids, made("H", ids[0], WRITINGS["latin"]), made("N", ids[1], WRITINGS["cyrillic"])
+    )
     return made_of
 
 
@@ -116,7 +121,7 @@ async def it(
     ):
         await loaded(made_setup)
         yield made_setup
-        hidden = ["HERE-0", "THERE-0"]
+        hidden = ["HERE-0", "HÉRE-0", "H\\u00c9RE-0"]
         for one in WRITINGS.values():
             hidden += filter(None, one.name.split("="))
         log = made_setup.proxy.log
@@ -186,6 +191,26 @@ async def test_names_as_keys_are_those_of_the_local_patient(
             assert uid(patient.there) not in studies(await it.reading.find(unlike))
     names = {str(one.identifier.get("PatientName", "")) for one in it.archives[0].asked("find")}
     assert names == {""}
+
+
+async def test_ids_beyond_ascii_find_and_stay(
+    it: Setup, patients: dict[tuple[str, str], Patient]
+) -> None:
+    """Asked for here in one writing and there in another; shown, delivered and kept as they are."""
+    patient = patients["ids", "ids"]
+    for terms in ("ISO_IR 100", "ISO_IR 192"):
+        result = await it.reading.find(question(patient.here_id, terms))
+        assert studies(result) == {uid(patient.here), uid(patient.there)}
+        assert {row.PatientID for row in result.rows} == {patient.here_id}
+    assert it.archives[0].asked("find")[-1].identifier.PatientID == patient.there_id
+    it.reading.received.clear()
+    assert figures((await it.reading.move(the_study(patient.there))).final)[1] == 1
+    (received,) = it.reading.received
+    got = received.dataset()
+    assert got.PatientID == patient.here_id
+    (other,) = got.OtherPatientIDsSequence
+    assert other.PatientID == patient.there_id
+    assert differences(restored(got), patient.there[0]) == []
 
 
 async def test_descriptions_as_keys_are_those_shown(

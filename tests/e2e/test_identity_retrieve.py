@@ -28,6 +28,7 @@ from tests.e2e.identities import (
     NORTH_ID,
     SHOWN,
     SOUTH_ID,
+    TABLE,
     Held,
     Since,
     arrived,
@@ -86,7 +87,16 @@ class Region(Held):
         ]
         self.two = {"north": ct(NORTH_ID, **NUMBERS)}
         self.two["south"] = ct(SOUTH_ID, study_instance_uid=uid(self.two["north"]), **NUMBERS)
+        # A UID that is another person's study in the south, and one that is so here.
+        self.twice = {"north": ct(NORTH_ID, **NUMBERS)}
+        self.twice["south"] = ct("S-99", study_instance_uid=uid(self.twice["north"]), **NUMBERS)
+        self.taken = {"local": ct("LOCAL-98", **NUMBERS)}
+        self.taken["north"] = ct(NORTH_ID, study_instance_uid=uid(self.taken["local"]), **NUMBERS)
+        self.corrected = ct(NORTH_ID, **NUMBERS)
+        self.more["local"] += self.taken["local"]
+        self.more["north"] += [*self.taken["north"], *self.corrected]
         for name in ("north", "south"):
+            self.more[name] += self.twice[name]
             self.more[name] += [one for study in self.syntaxes[name] for one in study]
             self.more[name] += self.two[name]
         self.more["north"] += [*self.good, *self.strays, *self.odd]
@@ -94,7 +104,7 @@ class Region(Held):
     @property
     def mine(self) -> set[str]:
         more = [study for studies in self.syntaxes.values() for study in studies]
-        more += [self.good, self.odd, self.two["north"]]
+        more += [self.good, self.odd, self.two["north"], self.twice["north"], self.corrected]
         return super().mine | {uid(study) for study in more}
 
 
@@ -124,7 +134,7 @@ async def it(held: Region, tmp_path_factory: pytest.TempPathFactory) -> AsyncIte
         scene(
             start,
             held,
-            table(directory),
+            table(directory, TABLE + "LOCAL-99,,S-99\nLOCAL-98,N-98,\n"),
             count=2,
             entries={"READING2": {"sources": ["south"]}},
             south={"retrieve": "c-get"},
@@ -143,7 +153,7 @@ def assert_local(got: Dataset, original: Dataset) -> None:
 async def test_what_is_cached_is_for_whom_its_archive_is(it: Setup, held: Region) -> None:
     """A caller who may not see the archive gets nothing of it, however often others did."""
     restricted = it.workstations[1]
-    assert studies(await mine(it)) == held.mine
+    assert studies(await mine(it)) == held.mine | {uid(held.taken["north"])}
     for _ in range(2):  # cold, and from the cache
         assert figures((await it.reading.move(the_study(held.north))).final)[1] == 2
         assert {got.PatientID for got in arrived(it.reading).values()} == {PATIENT_ID}
@@ -259,6 +269,69 @@ async def test_a_study_of_two_holders_is_one_persons(it: Setup, held: Region, le
     assert sorted(got) == uids(both)
     for one in both:
         assert_local(got[str(one.SOPInstanceUID)], one)
+
+
+async def test_a_uid_of_two_persons_studies_is_each_ones_own(it: Setup, held: Region) -> None:
+    """Under either name only what is theirs; by the UID alone one person's, as theirs."""
+    theirs = {PATIENT_ID: held.twice["north"], "LOCAL-99": held.twice["south"]}
+    wanted = the_study(held.twice["north"])
+    for patient, instances in theirs.items():
+        rows = (await mine(it, PatientID=patient)).rows
+        (row,) = [one for one in rows if one.StudyInstanceUID == uid(instances)]
+        assert row.PatientID == patient
+        wanted.PatientID = patient
+        for _ in range(2):
+            await it.reading.move(wanted, root="P")
+            got = arrived(it.reading)
+            assert sorted(got) == uids(instances)
+            assert {one.PatientID for one in got.values()} == {patient}
+    since = Since(it)
+    await it.reading.move(the_study(held.twice["north"]))
+    got = arrived(it.reading)
+    (patient,) = {str(one.PatientID) for one in got.values()}
+    assert got.keys() <= set(uids(theirs[patient]))
+    assert "holders_disagree" in {one["reason"] for one in since.named("identity_conflict")}
+
+
+async def test_a_uid_that_is_somebody_elses_study_here_stays_theirs(
+    it: Setup, held: Region
+) -> None:
+    """The local PACS knows best whose it is: by the UID, nothing of the archive's is had."""
+    here, north = held.taken["local"], held.taken["north"]
+    rows = (await mine(it, PatientID="", StudyInstanceUID=uid(here))).rows
+    assert [row.PatientID for row in rows] == ["LOCAL-98"]
+    series = identifier("SERIES", StudyInstanceUID=uid(here), SeriesInstanceUID="")
+    found = {row.SeriesInstanceUID for row in (await it.reading.find(series)).rows}
+    assert found == {here[0].SeriesInstanceUID}
+    await it.reading.move(the_study(here))
+    assert sorted(arrived(it.reading)) == uids(here)
+    for level, keys in at_every_level(north)[1:]:
+        await it.reading.move(identifier(level, **keys))
+        assert arrived(it.reading) == {}
+
+
+async def test_what_its_archive_gives_to_another_is_anothers(it: Setup, held: Region) -> None:
+    """Cached as one person's and corrected there, it is not delivered as theirs any more."""
+    study = held.corrected
+    assert uid(study) in studies(await mine(it))
+    assert figures((await it.reading.move(the_study(study))).final)[1] == 2
+    assert {one.PatientID for one in arrived(it.reading).values()} == {PATIENT_ID}
+    for one in study:
+        one.PatientID = NAMESAKE
+    wanted = the_study(study)
+    wanted.PatientID = PATIENT_ID
+    for _ in range(2):
+        moved = await it.reading.move(wanted, root="P")
+        assert not moved.final.completed
+        assert arrived(it.reading) == {}
+    await it.reading.move(the_study(study))
+    assert {one.PatientID for one in arrived(it.reading).values()} <= {"18"}
+    assert uid(study) not in studies(await mine(it))
+    assert uid(study) in studies(await mine(it, PatientID="18"))
+    assert figures((await it.reading.move(the_study(study))).final)[1] == 2
+    assert {one.PatientID for one in arrived(it.reading).values()} == {"18"}
+    for one in study:
+        one.PatientID = NORTH_ID
 
 
 async def test_local_studies_are_relayed_as_they_are(it: Setup, held: Region) -> None:

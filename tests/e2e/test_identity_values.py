@@ -132,6 +132,8 @@ def held() -> Held:
     made.here = ct(PATIENT_ID, PatientName="SENTINEL^PATIENT=王^小东")
     made.north = foreign(NORTH_ID, "CT")
     made.south = foreign(SOUTH_ID, "MR")
+    for one in made.south:
+        one.IssuerOfPatientID = "MEANINGLESS"
     return made
 
 
@@ -143,7 +145,14 @@ async def it(held: Held, tmp_path_factory: pytest.TempPathFactory) -> AsyncItera
     directory = tmp_path_factory.mktemp("values")
     async with (
         proxies(directory) as start,
-        scene(start, held, table(directory), count=2, north={"coerce": COERCE}) as made,
+        scene(
+            start,
+            held,
+            table(directory),
+            count=2,
+            north={"coerce": COERCE},
+            south={"identity": {"issuer": "ignore"}},
+        ) as made,
     ):
         await loaded(made)
         yield made
@@ -208,6 +217,10 @@ async def test_values_are_those_that_the_site_has_configured(it: Setup, held: He
     await it.reading.move(the_study(held.south))
     for got in arrived(it.reading).values():
         assert (got.StudyDescription, got.StationName) == ("CT Schädel", "S1")
+        # Who is said there to have issued an ID means nothing, as the site knows.
+        others = {one.PatientID: one.IssuerOfPatientID for one in got.OtherPatientIDsSequence}
+        assert others == {"OLD-0815": "SOUTH", SOUTH_ID: "SOUTH"}
+        assert got.IssuerOfPatientID == "HOSPITAL"
 
 
 async def test_keys_match_what_is_shown(it: Setup, held: Held) -> None:
