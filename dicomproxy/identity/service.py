@@ -147,8 +147,9 @@ class IdentityService:
 
         One with nothing to compare is taken only for a patient who is known already: an
         archive that returns these keys empty below PATIENT level knows them all the same.
-        Where one contradicts another, the local PACS is asked who the patient is: now, and
-        from then on, until a notice comes.
+        Where one contradicts another, or has another name, the local PACS is asked who the
+        patient is: now, and from then on, until a notice comes. Else the study that came
+        last would decide, and answers and objects might differ.
         """
         patient = self.domains.patient_of(row, LOCAL)
         if patient is None or not self.domains.is_local(patient.domain):
@@ -159,14 +160,18 @@ class IdentityService:
         said, known = demographics_of(row), self.known.of(patient)
         if known is not None and compare(known, said).verdict is Verdict.CONFLICT:
             # Corrected, or a study that keeps what its patient was called when it was made.
+            if patient not in self._asked_only:
+                _log.warning("local_patient_contradicts_itself")
             self._ask_only(patient)
-            self.known.forget((patient,))
-        elif patient not in self._asked_only and (said.comparable or known is not None):
+        elif patient in self._asked_only:
+            return
+        elif known is not None and _renamed(known.name, said.name):
+            self._ask_only(patient)
+        elif said.comparable or known is not None:
             self.known.learn(patient, said)
 
     def _ask_only(self, patient: PatientId) -> None:
-        if patient not in self._asked_only:
-            _log.warning("local_patient_contradicts_itself")
+        self.known.forget((patient,))
         self._asked_only[patient] = None
         if len(self._asked_only) > _MOST_ASKED_ONLY:
             del self._asked_only[next(iter(self._asked_only))]
@@ -264,6 +269,12 @@ class IdentityService:
         origins = [Origin(source, number, issuer) for number, issuer in numbers.items()]
         shown = await self.accessions.shown(origins)
         return dict(zip(numbers, shown, strict=True))
+
+
+def _renamed(known: str, said: str) -> bool:
+    """Tell whether two names are not written alike, where both are there."""
+    ours, theirs = (name.rstrip("^= ") for name in (known, said))
+    return bool(ours and theirs) and ours != theirs
 
 
 async def _closed(rows: AsyncIterator[Identifier]) -> None:

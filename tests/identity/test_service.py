@@ -137,6 +137,24 @@ async def test_rows_that_contradict_one_another_have_the_local_pacs_asked(
         assert it.service.known.of(ME) == Demographics(PATIENT_NAME, "19010101", "F")
 
 
+@pytest.mark.parametrize("order", [1, -1])
+async def test_rows_with_another_name_have_the_local_pacs_asked_once(
+    order: int, log_watch: LogWatch
+) -> None:
+    """A study made before a marriage does not rename anybody, whenever it is seen."""
+    maiden = patient_row(PATIENT_ID, "Maiden^Name", PATIENT_BIRTH_DATE)
+    padded = patient_row(PATIENT_ID, PATIENT_NAME + "^^ ", PATIENT_BIRTH_DATE)
+    async with site(HERE) as it:
+        it.service.learn(padded)
+        it.service.learn(HERE)
+        assert it.service.known.of(ME) == KNOWN
+        for row in (maiden, HERE, maiden)[::order]:
+            it.service.learn(row)
+            assert await it.service.demographics(ME) == KNOWN
+        assert len(it.asked) == 1
+        assert log_watch.named("local_patient_contradicts_itself") == []
+
+
 async def test_a_patient_without_birth_date_and_sex_is_asked_for_once() -> None:
     """What the local PACS says when it is asked is all that it knows."""
     async with site(patient_row(PATIENT_ID, PATIENT_NAME, "", "")) as it:
