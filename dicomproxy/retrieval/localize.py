@@ -90,7 +90,6 @@ class Localizer:
         self._subscription = subscription
         self._destination = destination_ae_title
         self._at = at or datetime.now(UTC).replace(microsecond=0)
-        self._version = persons.version
         self._sources: dict[str, _Source] = {}
 
     @property
@@ -149,11 +148,8 @@ class Localizer:
         policy: Policy,
     ) -> InstanceReader:
         for _ in range(_ATTEMPTS):
-            if self._version != self._persons.version:
-                self._version = self._persons.version
-                self._sources.clear()
             source = self._sources.get(name)
-            if source is None:
+            if source is None or source.is_outdated():
                 source = self._sources[name] = _Source(
                     name, policy, self._persons, self._destination, self._at
                 )
@@ -176,7 +172,7 @@ class Localizer:
                 raise source.unresolved(unresolved, self._subscription) from None
             if needed is not None:
                 await source.learn(needed, identification, self._subscription)
-            elif opened is not None and self._version == self._persons.version:
+            elif opened is not None and not source.is_outdated():
                 if source.comparison is not None:
                     source.tell(source.comparison, self._subscription, shown=True)
                 return opened
@@ -220,6 +216,15 @@ class _Source:
         self._prepared = False
         self._told: set[Comparison] = set()
         self._rewriters: dict[int, Rewriter] = {}
+        self._version = persons.version
+
+    def is_outdated(self) -> bool:
+        """Tell whether anybody of whom something is known here was named by a notice since."""
+        concerned = {named for named in self._met if named is not None}
+        if self._patient is not None:
+            concerned.add(self._patient.patient_id)
+        # Always since the beginning: another delivery's question may be on its way still.
+        return self._persons.concerned(concerned, self._version)
 
     def rewriter(self, arrived: int) -> Rewriter:
         """Return what rewrites instances that came in that second."""

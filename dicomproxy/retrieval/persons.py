@@ -13,7 +13,9 @@ word: its IDs are local ones.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Collection, Mapping
+from itertools import islice
 from typing import Final, Protocol
 
 from dicomproxy.dataset.header import InstanceHeader
@@ -33,6 +35,7 @@ from dicomproxy.retrieval.manifest import Manifest
 
 _AT_HAND_SECONDS: Final = 60.0
 _MOST_REMEMBERED: Final = 20_000
+_MOST_NOTICES: Final = 1_000
 
 
 class Policy(Protocol):
@@ -77,7 +80,8 @@ class Persons:
         self.identification = identification
         self._remembered: dict[tuple[str, PatientId], tuple[float, str]] = {}
         self.version = 0
-        """Grows when something is forgotten: what was decided before no longer holds."""
+        """Grows when something is forgotten; whom it concerns, :meth:`concerned` tells."""
+        self._gone: deque[frozenset[PatientId] | None] = deque(maxlen=_MOST_NOTICES)
         if identification is not None:
             identification.identities.on_forget(self._forget)
 
@@ -212,7 +216,18 @@ class Persons:
             return Comparison(Verdict.UNVERIFIED)
         return compare(await self.demographics(local_id), theirs)
 
+    def concerned(self, patients: Collection[PatientId], since: int) -> bool:
+        """Tell whether anything was forgotten of *patients* since that version: then what was
+        decided about them no longer holds. In doubt it was.
+        """
+        count = self.version - since
+        if count > len(self._gone):
+            return True
+        latest = islice(reversed(self._gone), count)
+        return any(gone is None or not gone.isdisjoint(patients) for gone in latest)
+
     def _forget(self, gone: frozenset[PatientId] | None) -> None:
-        """Forget everything: it is soon found again, and not worth telling who is concerned."""
+        """Forget everything at hand: it is soon found again."""
         self._remembered = {}
         self.version += 1
+        self._gone.append(gone)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -23,6 +24,7 @@ from tests.retrieval.fakes import (
     STUDY,
     Archive,
     Lease,
+    Reader,
     Workstation,
     World,
     encoded,
@@ -663,3 +665,54 @@ async def test_merge_of_others_disturbs_nothing(make: Make) -> None:
         workstation.gate.set()
     assert running.result() == RetrieveOutcome(0x0000, completed=4)
     assert_local(workstation, {"N1"})
+
+
+async def test_flood_of_notices_about_others_disturbs_nothing(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many while a header is read, as when a region is linked anew: nothing is withheld."""
+    at_once = Reader.read_into
+
+    async def read_into(self: Reader, buffers: Sequence[memoryview], offset: int) -> int:
+        for _ in range(3):
+            await asyncio.sleep(0)  # the disk's time
+        return await at_once(self, buffers, offset)
+
+    monkeypatch.setattr(Reader, "read_into", read_into)
+    site, archive = Site(), held("north", "N1", 8)
+    world = make(archive, identity=site)
+    workstation = Workstation()
+
+    async def flood() -> None:
+        for number in itertools.count():
+            site.identities.forget(north(f"N{number + 100}"))
+            await asyncio.sleep(0)
+
+    flooding = asyncio.create_task(flood())
+    try:
+        assert await run(world, workstation) == RetrieveOutcome(0x0000, completed=8)
+        assert not flooding.done()
+    finally:
+        flooding.cancel()
+    assert_local(workstation, {"N1"})
+
+
+async def test_whom_a_notice_concerns_is_told() -> None:
+    """Of the latest notices one by one, of earlier ones in doubt; of a whole table everybody."""
+    site = Site()
+    persons = Persons(site)
+    me, other = local(sentinel.PATIENT_ID), local("OTHER")
+    assert not persons.concerned({me}, persons.version)
+    before = persons.version
+    site.identities.forget(me)
+    assert persons.concerned({other, me}, before)
+    assert not persons.concerned({other}, before)
+    assert not persons.concerned(set(), before)
+    between = persons.version
+    for number in range(1000):
+        assert not persons.concerned({me}, between)
+        site.identities.forget(local(f"P{number}"))
+    assert persons.concerned({other}, before)
+    site.identities.forget_all()
+    assert persons.concerned({other}, persons.version - 1)
+    await site.identities.close()
