@@ -9,6 +9,7 @@ comes now, but those of a former configuration too, as long as they serve anybod
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -161,11 +162,16 @@ class LiveIdentities:
 
     Args:
         now: seconds since 1970.
+        rest_seconds: between two times that one forgets everything: a feed whose domain
+            is unknown must not keep every lookup from ending.
     """
 
-    def __init__(self, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, now: Callable[[], float] = time.time, *, rest_seconds: float = 1.0) -> None:
         self._now = now
+        self._rest_seconds = rest_seconds
         self._services: list[IdentityService] = []
+        # Who has just forgotten everything, and whether they have to once more.
+        self._resting: dict[IdentityService, bool] = {}
         self._counts = dict.fromkeys(("merge", "update", _UNKNOWN_DOMAIN), 0)
         self._last_at = 0.0
 
@@ -199,7 +205,7 @@ class LiveIdentities:
         count, known, errors = 0, not self._services, []
         for service in tuple(self._services):
             try:
-                forgotten = _forget(service, notice)
+                forgotten = self._forget(service, notice)
             except Exception as error:
                 errors.append(error)
                 continue
@@ -215,20 +221,31 @@ class LiveIdentities:
         _NOTICES.labels(operation, outcome).inc()
         _log.info("identity_notice", operation=operation, outcome=outcome, count=count)
 
+    def _forget(self, service: IdentityService, notice: IdentityNotice) -> int:
+        """Return how many IDs were forgotten; none where all is, for want of a domain in common.
 
-def _forget(service: IdentityService, notice: IdentityNotice) -> int:
-    """Return how many IDs were forgotten; none where all was, for want of a domain in common.
-
-    A sender that calls a domain otherwise than it is configured speaks of somebody whom
-    we may well know; who that is cannot be told.
-    """
-    domains: Domains = service.domains
-    patients = [
-        domains.canonical_id(PatientId(one.value, resolve(one.domain, domains.local)))
-        for one in notice.patient_ids
-    ]
-    ours = set(domains)
-    if not any(patient.domain in ours for patient in patients):
-        service.identities.forget_all(settle=True)
+        A sender that calls a domain otherwise than it is configured speaks of somebody whom
+        we may well know; who that is cannot be told.
+        """
+        domains: Domains = service.domains
+        patients = [
+            domains.canonical_id(PatientId(one.value, resolve(one.domain, domains.local)))
+            for one in notice.patient_ids
+        ]
+        ours = set(domains)
+        if any(patient.domain in ours for patient in patients):
+            return len(service.identities.forget(*patients))
+        self._forget_everything(service)
         return 0
-    return len(service.identities.forget(*patients))
+
+    def _forget_everything(self, service: IdentityService) -> None:
+        if service in self._resting:
+            self._resting[service] = True
+            return
+        service.identities.forget_all(settle=True)
+        self._resting[service] = False
+        asyncio.get_running_loop().call_later(self._rest_seconds, self._rested, service)
+
+    def _rested(self, service: IdentityService) -> None:
+        if self._resting.pop(service):
+            self._forget_everything(service)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -278,6 +279,33 @@ async def test_a_notice_of_unknown_domains_costs_everything(
     assert (live.stats.updates, live.stats.unknown_domain) == (1, 1)
     (line,) = log_watch.named("identity_notice")
     assert (line["operation"], line["outcome"]) == ("update", "unknown_domain")
+
+
+async def test_flood_of_notices_of_unknown_domains_lets_lookups_end(make_site: MakeSite) -> None:
+    """Everything is forgotten at once, and once more after the last: not for each of them."""
+    site, other = await remembering(make_site), await remembering(make_site)
+    forgotten: list[object] = []
+    twice = asyncio.Event()
+
+    def note(gone: object) -> None:
+        forgotten.append(gone)
+        if len(forgotten) == 2:
+            twice.set()
+
+    site.identities.on_forget(note)
+    live = LiveIdentities(rest_seconds=0.05)
+    for one in (site, other):
+        live.add(one.service)
+    for number in range(100):
+        await live(notice(PatientId(str(number), Domain("HIS", "1.2.99"))))
+        if not number:
+            assert forgotten == [None]
+            assert await asked_again(other, ME)
+    assert forgotten == [None]
+    async with asyncio.timeout(10):
+        await twice.wait()
+    assert forgotten == [None, None]
+    assert live.stats.unknown_domain == 100
 
 
 async def test_one_domain_that_is_known_is_enough(make_site: MakeSite) -> None:
