@@ -199,6 +199,22 @@ async def test_an_answer_that_a_notice_overtakes_is_not_kept(start: MakeProxy) -
         assert studies(await mine(region.it)) == held.mine
 
 
+async def test_rows_that_a_notice_overtakes_are_withheld(start: MakeProxy) -> None:
+    """An archive was asked by the former link: what it answers after the notice is not shown."""
+    held = Held()
+    async with told(start, held, PERSONS) as region:
+        north = region.it.archives[0]
+        north.hold()
+        async with asyncio.TaskGroup() as group:
+            asking = group.create_task(mine(region.it))
+            await north.held()
+            region.manager.persons = list(ELSEWHERE)
+            await region.notice(a31(ME, SOUTHERN))
+            north.release()
+        assert asking.result().final.status == 0x0000
+        assert studies(asking.result()) == held.mine - {uid(held.north)}
+
+
 async def test_what_was_acknowledged_is_heeded_after_a_kill(start: MakeProxy) -> None:
     """AA is a promise: a proxy that ends before it has handled a notice does so when it is back."""
     held = Held()
