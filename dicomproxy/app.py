@@ -76,6 +76,7 @@ class Application:
         self._stack = AsyncExitStack()
         self._tasks = TaskOwner("app")
         self._stop = asyncio.Event()
+        self._reloading = asyncio.Lock()
         self._signals = 0
         self.layer: UpperLayer
         self.store: DiskInstanceStore
@@ -246,6 +247,11 @@ class Application:
         Those that stand go on as they began. Keys that cannot change while
         running are named in the log and keep their old values.
         """
+        # One after the other: what was read first must not come into force last.
+        async with self._reloading:
+            return await self._reload()
+
+    async def _reload(self) -> bool:
         if self._config_file is None or self.listener is None or self.routing is None:
             return False
         try:

@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
+from dicomproxy import app as app_module
 from dicomproxy.app import Application
+from dicomproxy.config import Settings
+from dicomproxy.config import load as config_load
 from dicomproxy.identity.notices import IdentityNotice, LiveIdentities
 from dicomproxy.snapshot import snapshot
 from dicomproxy.wiring import Routing
@@ -258,6 +261,39 @@ async def test_a_reload_that_draining_overtakes_is_given_up(
         assert not await reloading
         assert application.routing is serving
         assert repr(application.identities) == "<LiveIdentities 1 services>"
+
+
+async def test_the_last_of_several_reloads_counts(
+    file: File, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told twice, the proxy follows the file as it is the second time."""
+    read, go = threading.Event(), threading.Event()
+    original = config_load
+    seconds: list[float] = []
+
+    def load(path: Path) -> Settings:
+        settings = original(path)
+        if not read.is_set():
+            read.set()
+            assert go.wait(SECONDS)
+        seconds.append(settings.proxy.pending_interval)
+        return settings
+
+    async with running(file) as application:
+        monkeypatch.setattr(app_module, "load", load)
+        file.content["proxy"]["pending_interval"] = "3s"
+        file.write()
+        first = asyncio.create_task(application.reload())
+        assert await asyncio.to_thread(read.wait, SECONDS)
+        file.content["proxy"]["pending_interval"] = "4s"
+        file.write()
+        second = asyncio.create_task(application.reload())
+        await settled(lambda: bool(application._reloading._waiters) or second.done())
+        go.set()
+        assert await first
+        assert await second
+        assert application.settings.proxy.pending_interval == 4
+    assert seconds == [3, 4]
 
 
 async def test_a_notice_during_a_reload_reaches_both(
