@@ -19,8 +19,10 @@ import stat
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
@@ -66,6 +68,9 @@ _LINKS = Gauge(
     "IDs in other domains that the table in force has.",
     ["service"],
 )
+
+_in_use: Final[Counter[str]] = Counter()
+"""How many there are of each table: after a reload two, for a while."""
 
 _Signature = tuple[int, int, int, int]
 
@@ -155,6 +160,7 @@ class TableCrossReference:
         self._pause_seconds = look_seconds
         self._unreadable = False
         self._stop = threading.Event()
+        self._shown = False
         self._owner = TaskOwner(f"table-{name}")
         # Two, so that lookups go on while a table is read.
         self._lookups = ThreadPoolExecutor(1, thread_name_prefix=f"table-{name}")
@@ -172,6 +178,8 @@ class TableCrossReference:
 
     async def start(self) -> None:
         """Begin to read the table, and to look for changes; does not wait for it."""
+        self._shown = True
+        _in_use[self._name] += 1
         self._owner.spawn(self._watch(), name="watch")
 
     async def look(self) -> None:
@@ -186,6 +194,7 @@ class TableCrossReference:
         """Give up reading, and close the index."""
         self._stop.set()
         await self._owner.close()
+        self._unshow()
         table, self._table = self._table, None
         self._failure = CrossReferenceError(Failure.ABORTED, "closing")
         self._concluded.set()
@@ -194,6 +203,18 @@ class TableCrossReference:
         # Not waited for: a disk that hangs must not keep the program from ending.
         self._lookups.shutdown(wait=False)
         self._builds.shutdown(wait=False, cancel_futures=True)
+
+    def _unshow(self) -> None:
+        """Take a table that is configured no more out of the metrics."""
+        if not self._shown:
+            return
+        self._shown = False
+        _in_use[self._name] -= 1
+        if not _in_use[self._name]:
+            del _in_use[self._name]
+            for gauge in (_REFUSED, _LINKS):
+                with suppress(KeyError):
+                    gauge.remove(self._name)
 
     # ------------------------------------------------------------------ lookup
 

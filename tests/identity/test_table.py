@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import REGISTRY
 
 from dicomproxy.dataset.patient import Domain, PatientId
 from dicomproxy.identity import table as table_module
@@ -671,6 +672,29 @@ async def test_two_of_one_table_do_not_make_its_index_at_once(
     assert len(built) == 1
     for reference in made:
         await reference.close()
+
+
+async def test_table_that_is_configured_no_more_is_in_no_metric(
+    start: Start, tmp_path: Path
+) -> None:
+    """Its last fault would be an alarm for good; after a reload the new one's stays."""
+
+    def shown() -> list[float | None]:
+        return [
+            REGISTRY.get_sample_value(
+                f"dicomproxy_cross_reference_table_{what}", {"service": "regional"}
+            )
+            for what in ("refused", "links")
+        ]
+
+    before = await start()
+    assert shown() == [0, 3]
+    after = await start("local,north\nL1\n")
+    await before.close()
+    await before.close()
+    assert shown() == [1, 3]
+    await after.close()
+    assert shown() == [None, None]
 
 
 async def test_first_table_that_grows_while_it_is_read_is_read_again(
