@@ -230,14 +230,19 @@ def _pix(entry: CrossReferenceEntry, secrets: Secrets) -> PixCrossReference:
     return PixCrossReference(
         client,
         PixSettings(
-            sending_application=entry.sending_application or "DICOMPROXY",
-            sending_facility=entry.sending_facility or "",
-            receiving_application=entry.receiving_application or "",
-            receiving_facility=entry.receiving_facility or "",
+            sending_application=_hd(entry.sending_application) or "DICOMPROXY",
+            sending_facility=_hd(entry.sending_facility),
+            receiving_application=_hd(entry.receiving_application),
+            receiving_facility=_hd(entry.receiving_facility),
             charset=entry.charset,
             several_ids=SeveralIds(entry.several_ids),
         ),
     )
+
+
+def _hd(text: str | None) -> str | tuple[str, ...]:
+    """Return a namespace, or the components of an HD."""
+    return tuple(text.split("^")) if text and "^" in text else text or ""
 
 
 def _pixm(entry: CrossReferenceEntry, secrets: Secrets) -> PixmCrossReference:

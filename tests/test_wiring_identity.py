@@ -108,7 +108,14 @@ async def test_each_source_has_the_cross_references_it_names(tmp_path: Path) -> 
     async with pix_manager(
         [(PATIENT_ID, "HOSPITAL", "1.2.1"), ("N-0815", "NORTH", "1.2.2")]
     ) as manager:
-        reference = {"name": "mpi", "type": "pix", "host": "127.0.0.1", "port": manager.port}
+        reference = {
+            "name": "mpi",
+            "type": "pix",
+            "host": "127.0.0.1",
+            "port": manager.port,
+            "sending_facility": "HOSPITAL",
+            "receiving_application": "MPI^1.2.9^ISO",
+        }
         given = settings(
             tmp_path,
             local=LOCAL,
@@ -119,6 +126,8 @@ async def test_each_source_has_the_cross_references_it_names(tmp_path: Path) -> 
             service = made.service
             assert await made.identities.elsewhere(ME, "north") == (PatientId("N-0815", NORTH),)
             assert await made.identities.elsewhere(ME, "south") == (ME,)
+    (question,) = manager.questions
+    assert question.text.startswith("MSH|^~\\&|DICOMPROXY|HOSPITAL|MPI^1.2.9^ISO||")
     north, south = service.of("north"), service.of("south")
     assert north is not None
     assert south is not None

@@ -109,7 +109,9 @@ class CrossReferenceEntry(Section):
         None,
     )
     sending_application: IssuerText | None = key(
-        "MSH-3, as the manager knows us; for type pix (default: DICOMPROXY)", None
+        "MSH-3, as the manager knows us, ^ between namespace, universal ID and its type where it "
+        "has them; so the next three; for type pix (default: DICOMPROXY)",
+        None,
     )
     sending_facility: IssuerText | None = key("MSH-4; for type pix", None)
     receiving_application: IssuerText | None = key("MSH-5; for type pix", None)
