@@ -52,7 +52,7 @@ def recently_withheld() -> tuple[Withheld, ...]:
     return tuple(_recent)
 
 
-def _remember(source: str, event: str, reason: str) -> None:
+def remember(source: str, event: str, reason: str) -> None:
     """Keep it, the same thing once: what fails all the time must not crowd out the rest."""
     for held in _recent:
         if held[1:] == (source, event, reason):
@@ -70,7 +70,7 @@ def report_failed(source: str, service: str, failure: CrossReferenceError) -> No
         failure=failure.failure,
         reason=failure.reason,
     )
-    _remember(source, "cross_reference_failed", f"{service}: {failure}")
+    remember(source, "cross_reference_failed", f"{service}: {failure}")
 
 
 def report(
@@ -83,7 +83,7 @@ def report(
         _WITHHELD.labels(source, reason).inc()
         fields = {"source": source, "reason": reason, "study_instance_uid": study_instance_uid}
         if conflict:
-            _remember(source, "identity_conflict", reason)
+            remember(source, "identity_conflict", reason)
             _log.warning("identity_conflict", **fields)
         else:
             _log.info("identity_unverified", **fields)
@@ -100,7 +100,7 @@ def report_conflict(source: str, reason: str, **fields: object) -> None:
         fields: what else the log line says.
     """
     _WITHHELD.labels(source, reason).inc()
-    _remember(source, "identity_conflict", reason)
+    remember(source, "identity_conflict", reason)
     _log.warning("identity_conflict", source=source, reason=reason, **fields)
 
 
@@ -112,5 +112,5 @@ def report_unresolved(source: str, unresolved: IdentityUnresolved, **fields: obj
     """
     reason = unresolved.reason
     _WITHHELD.labels(source, reason).inc()
-    _remember(source, "identity_unresolved", reason)
+    remember(source, "identity_unresolved", reason)
     _log.warning("identity_unresolved", source=source, reason=reason, **fields)

@@ -31,6 +31,7 @@ from prometheus_client import Gauge
 
 from dicomproxy.dataset.patient import Domain, PatientId
 from dicomproxy.identity.domains import Domains
+from dicomproxy.identity.reports import remember
 from dicomproxy.identity.table_file import MOST_FAULTS, TableError, TableFault
 from dicomproxy.identity.table_index import (
     Changing,
@@ -408,6 +409,7 @@ class TableCrossReference:
             self._failure = failure
         self._concluded.set()
         _REFUSED.labels(self._name).set(1)
+        remember(self._name, "cross_reference_table_refused", self._state)
         _log.error(
             "cross_reference_table_refused",
             service=self._name,
@@ -425,6 +427,7 @@ class TableCrossReference:
             return  # said already; it is tried again at every look
         self._unreadable = True
         _REFUSED.labels(self._name).set(1)
+        remember(self._name, "cross_reference_table_refused", self._state)
         _log.error(
             "cross_reference_table_refused",
             service=self._name,

@@ -6,6 +6,7 @@ import asyncio
 import os
 import sqlite3
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from hashlib import sha256
 from io import BytesIO
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
 from dicomproxy.dataset.patient import Domain, PatientId
+from dicomproxy.identity import reports
 from dicomproxy.identity import table as table_module
 from dicomproxy.identity.domains import Domains
 from dicomproxy.identity.table import TableCrossReference, check_table
@@ -469,6 +471,22 @@ async def test_faulty_change_is_refused_whole(
     async with asyncio.timeout(10):
         await reference.look()
     assert await reference.lookup(ME, NORTH) == (north("N7"),)
+
+
+async def test_table_that_is_refused_is_among_what_failed_lately(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else shows on the status page while the former one answers, older every day."""
+    monkeypatch.setattr(reports, "_recent", deque(maxlen=20))
+    await (await start("local,north\nL1\n")).close()
+    reference = await start()
+    (tmp_path / "ids.csv").unlink()
+    async with asyncio.timeout(10):
+        await reference.look()
+    assert [told[1:] for told in reports.recently_withheld()] == [
+        ("regional", "cross_reference_table_refused", "no_table"),
+        ("regional", "cross_reference_table_refused", "former_table_in_force"),
+    ]
 
 
 async def test_first_table_that_is_faulty_is_an_outage(start: Start, tmp_path: Path) -> None:
