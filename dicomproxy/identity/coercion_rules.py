@@ -9,7 +9,7 @@ patient or an object is none of their business: see
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
@@ -87,6 +87,23 @@ class Rule:
         # A source may break rules of form; a site's own do not, nor fail for it.
         if all(value in values or well_formed(self.vr, value) for value in new):
             work.set_text(self.tag, new, self.vr)
+
+
+def needed_by(rules: Sequence[Rule], keys: Collection[int], modality: int = 0) -> list[int]:
+    """Return what has to be asked for besides *keys*, so that *rules* find what they look at.
+
+    What a rule looks at may be what one before it makes of something else.
+
+    Args:
+        modality: the key by which an answer says of which modality it is; 0 if none does.
+    """
+    needed: dict[int, None] = {}
+    for rule in reversed(rules):
+        if rule.tag in keys or rule.tag in needed:
+            needed[rule.other] = None
+            if rule.modalities:
+                needed[modality] = None
+    return [tag for tag in needed if tag and tag not in keys]
 
 
 def prefixed(prefix: str, value: str, vr: str) -> str:

@@ -31,6 +31,7 @@ from dicomproxy.identity.coercion import (
 )
 from dicomproxy.identity.coercion_patient import PATIENT_TAGS
 from dicomproxy.identity.coercion_request import REQUEST_TAGS
+from dicomproxy.identity.coercion_rules import needed_by
 from dicomproxy.identity.crossref import IdentityUnresolved
 from dicomproxy.identity.domains import (
     ISSUER_OF_PATIENT_ID,
@@ -232,14 +233,11 @@ class Translation:
         if ACCESSION_NUMBER in asked and not judged.keeps_accessions:
             ours = self.origin is not None and self.origin.source == source
             _put(asked, ACCESSION_NUMBER, self.origin.number if self.origin and ours else "")
-        for rule in judged.coercion.rules:
-            if rule.tag not in asked:
-                continue
-            if rule.other and rule.other not in asked:
-                asked.set_empty(rule.other)
-            modality = _MODALITIES_IN_STUDY if query.level is Level.STUDY else _MODALITY
-            if rule.modalities and query.level is not Level.PATIENT and modality not in asked:
-                asked.set_empty(modality)
+        modality = _MODALITIES_IN_STUDY if query.level is Level.STUDY else _MODALITY
+        if query.level is Level.PATIENT:
+            modality = 0
+        for tag in needed_by(judged.coercion.rules, {one.tag for one in asked}, modality):
+            asked.set_empty(tag)
         if patient:
             try:
                 asked.set_text(PATIENT_ID, patient)

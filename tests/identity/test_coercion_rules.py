@@ -9,6 +9,7 @@ import pytest
 from dicomproxy.dataset.identifier import Identifier
 from dicomproxy.dataset.levels import SPECIFIC_CHARACTER_SET
 from dicomproxy.identity.coercion import Action, CoercionSettings, Rule, coerce, coerce_answer
+from dicomproxy.identity.coercion_rules import needed_by
 
 AT = datetime(2024, 2, 3, tzinfo=UTC)
 INSTITUTION = 0x00080080
@@ -179,6 +180,19 @@ def test_a_rule_s_value_may_need_another_character_set() -> None:
 
     assert changed.text(INSTITUTION) == "Больница"
     assert changed.specific_character_set == ("ISO_IR 192",)
+
+
+def test_what_rules_look_at_is_asked_for_with_what_they_change() -> None:
+    """An answer without it would say something else than the object, also at one remove."""
+    rules = (
+        Rule(Action.COPY, SERIES_DESCRIPTION, "LO", other=BODY_PART),
+        Rule(Action.REMOVE, INSTITUTION, "LO", modalities=frozenset({"CT"})),
+        Rule(Action.COPY, STATION, "SH", other=SERIES_DESCRIPTION),
+    )
+    assert set(needed_by(rules, {STATION})) == {SERIES_DESCRIPTION, BODY_PART}
+    assert needed_by(rules, {STATION, SERIES_DESCRIPTION, BODY_PART}) == []
+    assert needed_by(rules, {INSTITUTION}, MODALITY) == [MODALITY]
+    assert needed_by(rules, {INSTITUTION}) == needed_by(rules, {CONTENT_DATE}, MODALITY) == []
 
 
 def test_what_rules_look_at_is_among_the_tags() -> None:

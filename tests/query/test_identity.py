@@ -687,6 +687,22 @@ async def test_what_rules_need_is_asked_for_too() -> None:
     assert not {0x00081040, 0x00080061} & {element.tag for element in got}
 
 
+async def test_what_rules_need_of_one_another_is_asked_for_too() -> None:
+    """A study is described in an answer as in its objects, by whatever detour."""
+    rules = (
+        Rule(Action.COPY, 0x00081010, "SH", other=0x00081040),
+        Rule(Action.COPY, 0x00081030, "LO", other=0x00081010),
+    )
+    row = there("1.2", StudyDescription="there", InstitutionalDepartmentName="CT unit")
+    archive = source("north", row)
+    site = Site(ME, here=[HERE], rules=rules)
+    async with bench(site, ScriptedLocal(), archive) as it:
+        (got,) = rows(await it.answers(**(KEYS | {"StudyDescription": ""})))
+    assert {0x00081010, 0x00081040} <= {element.tag for element in archive.asked[0].identifier}
+    assert got.text(0x00081030) == "CT unit"
+    assert not {0x00081010, 0x00081040} & {element.tag for element in got}
+
+
 async def test_a_source_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """At the bound on its rows nothing more is taken of it, and it is told so."""
     monkeypatch.setattr(merge, "MAX_ROWS_PER_SOURCE", 3)
