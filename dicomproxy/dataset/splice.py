@@ -180,7 +180,8 @@ class _Place(NamedTuple):
 
 def _at(header: Header, places: Iterable[_Place], texts: Sequence[Patch] = ()) -> Splice:
     """Find *places* in the bytes of a data set, and put what is new there."""
-    patches = [Patch(header.start(first), header.start(end), new) for first, end, new in places]
+    starts = (*header.starts, header.end)
+    patches = [Patch(starts[first], starts[end], new) for first, end, new in places]
     if texts:
         patches += texts
         patches.sort(key=_start)  # stable, as below
@@ -332,7 +333,7 @@ class Rewriter:
         self._wanted = wanted if isinstance(wanted, frozenset) else frozenset(wanted)
         self._decide = decide
         self._required = required
-        self._further = further
+        self._further = frozenset(further)
         self._remembered: dict[tuple[Encoding, bytes], _Decided] = {}
 
     def rewrite(self, read: Read, size_bytes: int, transfer_syntax_uid: str) -> Rewritten:

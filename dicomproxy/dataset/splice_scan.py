@@ -9,7 +9,8 @@ required was there.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from struct import Struct
 from typing import Final
@@ -51,7 +52,6 @@ class Header:
         encoding: how it is really written.
         tags: of its top-level elements, in the order of the file.
         starts: where each of them begins; it ends where the next one begins.
-        places: by tag its place in both; where a tag stands several times, the last.
         end: where stepping over them ended; what follows is copied.
         reach: the largest tag that would have been seen.
         raw: the elements that were asked for, as they are encoded, by tag.
@@ -62,7 +62,6 @@ class Header:
     encoding: Encoding
     tags: Sequence[int]
     starts: Sequence[int]
-    places: Mapping[int, int]
     end: int
     reach: int
     ordered: bool
@@ -74,10 +73,10 @@ class Header:
 
     def numbers(self, tag: int) -> Sequence[int]:
         """Return the places at which *tag* stands; several only where order is broken."""
-        if tag not in self.places:
-            return ()
         if self.ordered:
-            return (self.places[tag],)
+            number = bisect_left(self.tags, tag)
+            there = number < len(self.tags) and self.tags[number] == tag
+            return (number,) if there else ()
         return [number for number, other in enumerate(self.tags) if other == tag]
 
     def view(self) -> Identifier:
@@ -116,20 +115,19 @@ def scan(
     """
     window = Window(read)
     encoding = top_encoding(window, size_bytes, transfer_syntax_uid)
+    wanted, further = frozenset(wanted), frozenset(further)
     steps = _Steps(window, size_bytes, encoding, wanted, required, further)
     steps.walk()
-    places = dict(zip(steps.tags, range(len(steps.tags)), strict=True))
     return Header(
         read,
         size_bytes,
         encoding,
         steps.tags,
         steps.starts,
-        places,
         steps.end,
         0xFFFFFFFF if steps.end >= size_bytes else steps.limit,
         steps.ordered,
-        _raw(window, steps, places, (*wanted, *further)),
+        _raw(window, steps, wanted, further),
     )
 
 
@@ -264,18 +262,20 @@ class _Steps:
 
 
 def _raw(
-    window: Window, steps: _Steps, places: Mapping[int, int], wanted: Collection[int]
+    window: Window, steps: _Steps, wanted: Collection[int], further: Collection[int]
 ) -> list[bytes]:
     """Return the wanted elements by tag; of several with one tag the last counts."""
     raw = []
     starts = [*steps.starts, steps.end]
-    for tag in sorted(wanted):
-        number = places.get(tag)
-        if number is not None:
-            start, size = starts[number], starts[number + 1] - starts[number]
-            if size > _MAX_SEQUENCE_BYTES:
-                raise SpliceError("element too long")
-            raw.append(window.bytes(start, size))
+    found = [number for number, tag in enumerate(steps.tags) if tag in wanted or tag in further]
+    if not steps.ordered:
+        last = {steps.tags[number]: number for number in found}
+        found = [last[tag] for tag in sorted(last)]
+    for number in found:
+        start, size = starts[number], starts[number + 1] - starts[number]
+        if size > _MAX_SEQUENCE_BYTES:
+            raise SpliceError("element too long")
+        raw.append(window.bytes(start, size))
     return raw
 
 
