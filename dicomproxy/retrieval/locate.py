@@ -80,11 +80,16 @@ class _Named:
 
 @dataclass(slots=True)
 class Located:
-    """The studies found, and whom we could not ask, so that there may be more."""
+    """The studies found, and whom we could not ask, so that there may be more.
+
+    ``withheld`` are studies that somebody has and of whose patient nobody here is
+    known; one of them may be found all the same, at another holder.
+    """
 
     studies: list[LocatedStudy] = field(default_factory=list)
     unreachable: set[str] = field(default_factory=set)
     not_found: list[str] = field(default_factory=list)
+    withheld: set[str] = field(default_factory=set)
 
 
 class Locator:
@@ -134,11 +139,10 @@ class Locator:
 
         async def one(uid: str) -> None:
             async with slots:
-                study = await self._remembered(
-                    uid, request.patient_id, visible, located.unreachable
-                )
+                patient, unreachable = request.patient_id, located.unreachable
+                study = await self._remembered(uid, patient, visible, unreachable)
                 if study is None:
-                    study = await self.ask(uid, request.patient_id, visible, located.unreachable)
+                    study = await self.ask(uid, patient, visible, unreachable, located.withheld)
                 found[uid] = study
 
         async with asyncio.TaskGroup() as group:
@@ -154,12 +158,16 @@ class Locator:
         patient_id: str,
         visible: Iterable[Source],
         unreachable: set[str],
+        withheld: set[str] | None = None,
     ) -> LocatedStudy | None:
-        """Ask every visible archive for a study; those that could not be asked are added."""
+        """Ask every visible archive for a study; those that could not be asked are added.
+
+        So is the study to *withheld* where an archive names a patient who is nobody here.
+        """
         keys = {STUDY_INSTANCE_UID: study_instance_uid}
         rows = await self._find([(source, keys) for source in visible], unreachable)
         holders = [row for row in rows if row.study_instance_uid == study_instance_uid]
-        return await self._study(study_instance_uid, patient_id, holders, unreachable)
+        return await self._study(study_instance_uid, patient_id, holders, unreachable, withheld)
 
     async def _remembered(
         self,
@@ -293,7 +301,12 @@ class Locator:
         return False
 
     async def _study(
-        self, uid: str, patient_id: str, holders: Collection[_Named], unreachable: set[str]
+        self,
+        uid: str,
+        patient_id: str,
+        holders: Collection[_Named],
+        unreachable: set[str],
+        withheld: set[str] | None = None,
     ) -> LocatedStudy | None:
         """Keep the holders that agree on the patient; None if there is none."""
         local_ids: dict[int, str] = {}
@@ -306,6 +319,8 @@ class Locator:
                 unreachable.add(holder.source.name)
             except IdentityUnresolved as unresolved:
                 report_unresolved(holder.source.name, unresolved, study_instance_uid=uid)
+                if withheld is not None:
+                    withheld.add(uid)
 
         # Together, since each answer may take as long as its deadline.
         async with asyncio.TaskGroup() as group:

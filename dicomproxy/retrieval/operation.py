@@ -207,6 +207,9 @@ class RetrieveOperation:
         if located.unreachable and (located.not_found or self.request.level is Level.PATIENT):
             # There may be more, and nobody can tell how much.
             self.tally.part().failure = NUMBER_OF_MATCHES_UNKNOWN
+        elif not located.withheld.isdisjoint(located.not_found):
+            # Success would say that there is no such study.
+            self.tally.part().failure = SUB_OPERATIONS_FAILED
         self._phase("retrieving")
         self._undelivered = {study.study_instance_uid for study in ours}
         if not ours:

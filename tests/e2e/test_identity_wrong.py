@@ -218,7 +218,7 @@ async def withheld(it: Setup, instances: list[Dataset], reason: str) -> None:
     assert uid(instances) not in studies(found)
     assert {one["reason"] for one in since.named("identity_unresolved")} == {reason}
     since = Since(it)
-    assert not (await it.reading.move(the_study(instances))).final.completed
+    assert (await it.reading.move(the_study(instances))).final.status == 0xA702
     assert arrived(it.reading) == {}
     lines = since.named("identity_unresolved")
     assert {(one["source"], one["reason"]) for one in lines} == {("north", reason)}

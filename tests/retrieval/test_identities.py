@@ -652,6 +652,17 @@ async def test_cached_study_that_its_archive_has_given_to_another(make: Make) ->
         assert workstation.received == []
 
 
+async def test_study_whose_patient_is_nobody_here_is_no_success(make: Make) -> None:
+    """That nothing is sent of it is said as a failure: it is there, and is withheld."""
+    world = make(held("north", "NOBODY"), identity=Site())
+    for _ in range(2):
+        workstation = Workstation()
+        outcome = await run(world, workstation)
+        assert (outcome.status, outcome.completed, workstation.received) == (0xA702, 0, [])
+    world = make(Archive("north"), identity=Site())
+    assert (await run(world, Workstation())).status == 0x0000  # there is none
+
+
 async def test_merge_of_others_disturbs_nothing(make: Make) -> None:
     """After a notice about somebody else the rest of a study is delivered like its beginning."""
     site, archive = Site(), held("north", "N1", 4)
