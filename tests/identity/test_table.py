@@ -677,12 +677,11 @@ async def test_two_of_one_table_do_not_make_its_index_at_once(
     os.utime(file, ns=(0, 0))
     made = [
         TableCrossReference("regional", file, tmp_path / "state", DOMAINS, look_seconds=0.01)
-        for _ in range(3)
+        for _ in range(2)
     ]
     for reference in made:
         await reference.start()
     await until(entered.is_set)
-    await made.pop().close()  # one that waits: it gives up
     async with asyncio.TaskGroup() as group:
         looking = [group.create_task(reference.lookup(ME, NORTH)) for reference in made]
         go.set()
@@ -690,6 +689,25 @@ async def test_two_of_one_table_do_not_make_its_index_at_once(
     assert len(built) == 1
     for reference in made:
         await reference.close()
+
+
+async def test_who_waits_for_another_of_one_table_gives_up_when_closed(tmp_path: Path) -> None:
+    """However long the other takes, its thread does not outlive it by much."""
+    state = tmp_path / "state"
+    lock = table_module._BUILDING.setdefault(state / "waiting", threading.Lock())
+    file = write(tmp_path / "ids.csv", WIDE)
+    os.utime(file, ns=(0, 0))
+    reference = TableCrossReference("waiting", file, state, DOMAINS)
+
+    def builds() -> bool:
+        return any(one.name.startswith("table-build-waiting") for one in threading.enumerate())
+
+    with lock:
+        await reference.start()
+        await until(builds)
+        await reference.close()
+        await until(lambda: not builds())
+    assert not state.exists()
 
 
 async def test_table_that_is_configured_no_more_is_in_no_metric(
