@@ -366,16 +366,9 @@ class QueryCoordinator:
             return plan(query.request, query.caller, self._sources, query.known)
         if translation.of_another_domain:
             return QueryPlan(local_only="patient_of_another_domain")
-        await translation.resolve_accession()
+        accession_sources = await translation.resolve_accession()
         known = await translation.known_here(query.known)
-        origin = translation.origin
-        return plan(
-            query.request,
-            query.caller,
-            self._sources,
-            known,
-            origin.source if origin is not None else "",
-        )
+        return plan(query.request, query.caller, self._sources, known, accession_sources)
 
     def _sources_may_have_ended(self, query: Query) -> None:
         """Begin to record as soon as all is known, while rows are still being sent."""

@@ -2,9 +2,10 @@
 
 Rule kept: nothing leaves the house that a patient's care does not need. Sources
 are asked only for exactly one Patient ID without wild cards, for Study Instance
-UIDs, or for an accession number that was made up for an order of theirs; every
-other question, a name or any other accession number alone among them, is put to
-the local PACS only. Pure: no clock, no I/O.
+UIDs, or for an accession number that was made up for an order of theirs or that
+they have from the same system as this site; every other question, a name or any
+other accession number alone among them, is put to the local PACS only. Pure: no
+clock, no I/O.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def plan(
     caller: Caller,
     available: Collection[str],
     known: Mapping[str, Sequence[Location]] | None = None,
-    accession_source: str = "",
+    accession_sources: Collection[str] = (),
 ) -> QueryPlan:
     """Decide which sources are asked what.
 
@@ -153,8 +154,9 @@ def plan(
         caller: only its sources are asked, in its order.
         available: the sources there are.
         known: where each study asked for was seen, under the patient's ID here.
-        accession_source: the source whose order the accession number asked for stands
-            for, where this proxy made that number up.
+        accession_sources: those to whom the accession number asked for means the same
+            as here, since this proxy made it up for an order of theirs, or they share the
+            system that issues such numbers.
     """
     if caller.is_source:
         return QueryPlan(local_only="caller_is_source")
@@ -169,9 +171,9 @@ def plan(
     if request.level is Level.PATIENT and not request.patient_id:
         return QueryPlan(local_only="patient_not_named")
     if not (request.patient_id or studies):
-        if accession_source not in visible:
+        visible = [name for name in visible if name in accession_sources]
+        if not visible:
             return QueryPlan(local_only="patient_not_named")
-        visible = [accession_source]
     query = SourceQuery(request.level, source_identifier(request))
     return QueryPlan(tuple(SourceLeg(name, (query,), ("",)) for name in visible))
 

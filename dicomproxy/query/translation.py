@@ -12,7 +12,7 @@ batch, so that records merged meanwhile count at once.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Final
@@ -148,15 +148,25 @@ class Translation:
         """Say that all that the local PACS answers has been learnt."""
         self._local_taken.set()
 
-    async def resolve_accession(self) -> None:
-        """Find out what the accession number asked for stands for, if it is exactly one."""
+    async def resolve_accession(self) -> Collection[str]:
+        """Return the sources that may be asked by the accession number alone.
+
+        That is the one whose order a number made up here stands for; of any other
+        number those that have theirs from the same system as this site.
+        """
         values = self._request.identifier.values(ACCESSION_NUMBER)
         if len(values) != 1 or not values[0] or set(values[0]) & {"*", "?"}:
-            return
+            return ()
         try:
             self.origin = await self._identity.accessions.resolve(values[0])
         except AccessionsUnavailable as error:
             _log.warning("accessions_unavailable", **error_fields(error))
+        if self.origin is not None:
+            return (self.origin.source,)
+        if not values[0].isascii():
+            return ()  # as a key it would be left out (see source_identifier), which asks for all
+        judged = {name: self._identity.of(name) for name in self._sources}
+        return [name for name, one in judged.items() if one is not None and one.keeps_accessions]
 
     async def known_here(
         self, known: Mapping[str, Sequence[Location]]

@@ -558,6 +558,23 @@ async def test_accession_numbers_are_shown_by_policy(policy: AccessionPolicy, sh
         assert rows(await it.answers(**(KEYS | {"AccessionNumber": shown}))) == [row]
 
 
+@pytest.mark.parametrize(
+    ("number", "asked"),
+    [(ACCESSION_NUMBER, True), ("SENT*", False), ("", False), ("A\\B", False), ("Ä1", False)],
+)
+async def test_a_number_of_a_shared_system_is_asked_of_those_who_share_it(
+    number: str, asked: bool
+) -> None:
+    """Alone, as it is, and only if it is exactly one; the answer is mapped back."""
+    archive = source("north", there("1.2", AccessionNumber=ACCESSION_NUMBER))
+    site = Site(ME, here=[HERE], policy=AccessionPolicy.KEEP)
+    keys = KEYS | {"PatientID": "", "AccessionNumber": number}
+    async with bench(site, ScriptedLocal(), archive) as it:
+        found = rows(await it.answers(charset="ISO_IR 100", **keys))
+    assert [query.identifier.text(ACCESSION) for query in archive.asked] == [number] * asked
+    assert [row.text(ID) for row in found] == [PATIENT_ID] * asked
+
+
 # ------------------------------------------------------------------ below studies
 
 
