@@ -476,12 +476,11 @@ class QueryCoordinator:
     ) -> None:
         """Take rows as they wait, together; those whose patient cannot be found out are lost."""
         while rows := await waiting.take():
-            try:
-                made = await translation.localise(leg.source, rows)
-            except CrossReferenceError as error:
-                query.failed(leg, error.failure, reason=error.reason)
-                continue
+            made = await translation.localise(leg.source, rows)
             for local, (row, study) in zip(made, rows, strict=True):
+                if local.failure is not None:
+                    query.failed(leg, local.failure.failure, reason=local.failure.reason)
+                    continue
                 if self._take_local_form(query, leg, local, row, study) is Verdict.TOO_MANY:
                     waiting.stop()
                     return
@@ -499,9 +498,9 @@ class QueryCoordinator:
         return local.verdict
 
     def _take_remote(
-        self, query: Query, leg: Leg, row: Identifier, study: str, foreign_id: str = ""
+        self, query: Query, leg: Leg, row: Identifier, study: str, foreign_id: str | None = None
     ) -> Verdict:
-        """Merge a row; *foreign_id* is the patient's at the source, if it is not the row's."""
+        """Merge a row; of one that has been made local, *foreign_id* is the ID at its source."""
         verdict = query.merge.remote(leg.source, row, study)
         leg.verdicts[verdict] = leg.verdicts.get(verdict, 0) + 1
         seen = row.text(STUDY_INSTANCE_UID) or study
@@ -511,7 +510,10 @@ class QueryCoordinator:
             query.summary.withheld += 1
             WITHHELD.labels(leg.source).inc()
         elif verdict.locates and seen:
-            patient = foreign_id or row.text(PATIENT_ID) or query.patient_of(seen, leg.source)
+            # Unknown it stays unknown: what else is at hand are IDs of this site.
+            patient = foreign_id
+            if patient is None:
+                patient = row.text(PATIENT_ID) or query.patient_of(seen, leg.source)
             self._locations.remember([Location(seen, leg.source, patient)])
         if query.open:
             query.changed.set()

@@ -40,7 +40,7 @@ from dicomproxy.identity.domains import (
     issuer_of,
     resolve,
 )
-from dicomproxy.identity.reports import report, report_unresolved
+from dicomproxy.identity.reports import report, report_conflict, report_unresolved
 from dicomproxy.identity.safety import (
     PATIENT_BIRTH_DATE,
     PATIENT_NAME,
@@ -75,6 +75,8 @@ _SOMEBODY_ELSE: Final = "\\"
 
 _LOCATE_SECONDS: Final = 1.0
 _MOST_REPORTED: Final = 1_000
+_MOST_FAILURES: Final = 3
+"""Lookups that may fail for one batch of rows, each perhaps after its deadline."""
 
 _log = get_logger()
 
@@ -83,12 +85,14 @@ _log = get_logger()
 class Local:
     """A source's answer made local, or why it is kept back.
 
-    ``foreign_id`` is the patient's ID at the source, as far as it is known.
+    ``foreign_id`` is the patient's ID at the source, empty if that is not known, or if
+    somebody else issued the one it gave. ``failure`` is why nobody can tell whom it is about.
     """
 
     row: Identifier | None
     foreign_id: str = ""
     verdict: Verdict = Verdict.ACCEPTED
+    failure: CrossReferenceError | None = None
 
 
 class Translation:
@@ -268,13 +272,22 @@ class Translation:
             rows: each with the study that was asked about, if it was one.
 
         Raises:
-            CrossReferenceError: it could not be found out whom they are about.
             SourceError: the source does not say whose study it is.
         """
         judged = self._identity.of(source)
         if judged is None:
             return [Local(row, row.text(PATIENT_ID)) for row, _ in rows]
-        judgements = [await self._judge(source, judged, row, study) for row, study in rows]
+        judgements: list[tuple[LocalPatient | Verdict | CrossReferenceError, str]] = []
+        failures: list[CrossReferenceError] = []
+        for row, study in rows:
+            if len(failures) >= _MOST_FAILURES:
+                judgements.append((failures[-1], ""))
+                continue
+            try:
+                judgements.append(await self._judge(source, judged, row, study))
+            except CrossReferenceError as error:
+                failures.append(error)
+                judgements.append((error, ""))
         # Together, since numbers that are new cost a write to the disk.
         numbers: dict[str, Domain] = {}
         for (row, _), (verdict, _) in zip(rows, judgements, strict=True):
@@ -283,19 +296,27 @@ class Translation:
                     if issuer.is_named or number not in numbers:
                         numbers[number] = issuer
         shown = await self._identity.shown_numbers(source, numbers)
-        return [
-            self._coerced(row, verdict, foreign_id, judged, shown)
-            if isinstance(verdict, LocalPatient)
-            else Local(None, foreign_id, verdict)
-            for (row, _), (verdict, foreign_id) in zip(rows, judgements, strict=True)
-        ]
+        made = []
+        for (row, _), (verdict, foreign_id) in zip(rows, judgements, strict=True):
+            if isinstance(verdict, LocalPatient):
+                made.append(self._coerced(row, verdict, foreign_id, judged, shown))
+            elif isinstance(verdict, CrossReferenceError):
+                made.append(Local(None, failure=verdict))
+            else:
+                made.append(Local(None, foreign_id, verdict))
+        return made
 
     async def _judge(
         self, source: str, judged: SourceIdentity, row: Identifier, study: str
     ) -> tuple[LocalPatient | Verdict, str]:
         """Return who a row is about here, or why it is kept back; and the patient's ID there."""
         request = self._request
-        study = row.text(STUDY_INSTANCE_UID) or study
+        given = row.text(STUDY_INSTANCE_UID)
+        wanted = (study,) if study else request.study_instance_uids
+        if given and wanted and given not in wanted:
+            # Of a study that nobody asked about: nobody is asked whose it is.
+            return Verdict.MALFORMED, ""
+        study = given or study
         speaks: Identifier | None = row
         if request.level not in (Level.PATIENT, Level.STUDY):
             # Such rows need not say whose they are; that of their study does.
@@ -309,24 +330,28 @@ class Translation:
         named = foreign if row.is_empty(PATIENT_ID) else domains.patient_of(row, source)
         if named != foreign:
             return Verdict.WITHHELD, ""
+        # What another domain issued means somebody else there, once it stands without its issuer.
+        theirs = foreign.value if foreign.domain == domains.of(source) else ""
         try:
             patient = await self._local_of(foreign, source)
         except IdentityUnresolved as unresolved:
             if self._first(source, study, unresolved.reason):
                 report_unresolved(source, unresolved, study_instance_uid=study)
-            return Verdict.WITHHELD, foreign.value
+            return Verdict.WITHHELD, theirs
         if patient is None:
-            return Verdict.WITHHELD, foreign.value
+            return Verdict.WITHHELD, theirs
         if self._contradicts_local(study, patient):
-            return Verdict.CONFLICT, foreign.value
+            if self._first(source, study, "holders_disagree"):
+                report_conflict(source, "holders_disagree", study_instance_uid=study)
+            return Verdict.CONFLICT, theirs
         demographics = await self._demographics(patient)
         comparison = compare(demographics, demographics_of(speaks))
         shown = comparison.permits(judged.unverified)
         self._report(source, study, comparison, shown)
         if not shown:
             conflict = comparison.verdict is Judgement.CONFLICT
-            return Verdict.CONFLICT if conflict else Verdict.WITHHELD, foreign.value
-        return LocalPatient(patient, demographics), foreign.value
+            return Verdict.CONFLICT if conflict else Verdict.WITHHELD, theirs
+        return LocalPatient(patient, demographics), theirs
 
     def _coerced(
         self,

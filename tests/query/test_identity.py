@@ -461,6 +461,49 @@ async def test_an_outage_while_answers_come_is_a_failure_of_the_source() -> None
     assert it.summary.failed_sources == ("north",)
 
 
+async def test_rows_whose_patient_is_known_survive_an_outage() -> None:
+    """What cannot be found out of one row loses that row, and its source has failed."""
+    site = Site(ME, {local("2"), north("N-2")}, here=[HERE])
+    archive = source("north", there("1.2", "N-2"), there("1.3"), there("1.4", "N-2"))
+    async with bench(site, ScriptedLocal(), archive) as it:
+        await site.identities.here(north(THERE), "north")  # remembered from now on
+        site.manager.failure = CrossReferenceError(Failure.TIMEOUT)
+        uid = "1.2\\1.3\\1.4"
+        found = await it.answers(**(KEYS | {"PatientID": "", "StudyInstanceUID": uid}))
+    assert uids(found) == ["1.3"]
+    assert it.summary.failed_sources == ("north",)
+
+
+async def test_an_outage_is_waited_for_a_few_times_only() -> None:
+    """However many rows there are, each of which might wait for its deadline."""
+    site = Site(here=[HERE])
+    archive = source("north", *(there(f"1.{number}", f"N-{number}") for number in range(1, 9)))
+    site.manager.failure = CrossReferenceError(Failure.TIMEOUT)
+    uid = "\\".join(f"1.{number}" for number in range(1, 9))
+    async with bench(site, ScriptedLocal(), archive) as it:
+        found = await it.answers(**(KEYS | {"PatientID": "", "StudyInstanceUID": uid}))
+    assert rows(found) == []
+    assert len(site.manager.asked) < 8
+
+
+async def test_of_studies_that_nobody_asked_about_nobody_is_asked() -> None:
+    """A source that ignores the UID costs no lookups of its other patients."""
+    site, archive = Site(ME, here=[HERE]), source("north", there("1.9", "N-9"), there("1.2"))
+    async with bench(site, ScriptedLocal(), archive) as it:
+        found = await it.answers(**(KEYS | {"PatientID": "", "StudyInstanceUID": "1.2"}))
+    assert uids(found) == ["1.2"]
+    assert {patient for patient, _ in site.manager.asked} == {north(THERE)}
+
+
+async def test_an_id_of_another_issuer_is_not_remembered_as_the_sources_own() -> None:
+    """The memory of locations knows no issuers: the same number is somebody else's there."""
+    archive = source("north", there("1.2", PATIENT_ID, IssuerOfPatientID="HOSPITAL"))
+    async with bench(Site(ME, here=[HERE]), ScriptedLocal(), archive) as it:
+        found = await it.answers(**(KEYS | {"PatientID": "", "StudyInstanceUID": "1.2"}))
+    assert uids(found) == ["1.2"]
+    assert it.locations.known["1.2", "north"].patient_id == ""
+
+
 async def test_a_pattern_of_ids_is_matched_here() -> None:
     """The source is asked for the study; which local IDs match means nothing to it."""
     archive = source("north", there("1.2"))
@@ -667,13 +710,15 @@ async def test_a_study_of_nobody_known_here_is_not_asked_for_where_the_local_pac
     assert archive.asked == []
 
 
-async def test_a_study_that_is_somebody_elses_here_is_withheld() -> None:
-    """The local PACS has it under another patient than the source's leads to."""
+async def test_a_study_that_is_somebody_elses_here_is_withheld(log_watch: LogWatch) -> None:
+    """The local PACS has it under another patient than the source's leads to, and that is said."""
     seen = RememberedLocations(Location("1.2", "local", "2"), Location("1.2", "north", ""))
     archive = Hierarchical("north", there("1.2"), SERIES)
     keys = SERIES_KEYS | {"PatientID": ""}
     async with bench(Site(ME, here=[HERE]), ScriptedLocal(), archive, locations=seen) as it:
         assert rows(await it.answers(**keys)) == []
+    (line,) = log_watch.named("identity_conflict")
+    assert (line["source"], line["reason"]) == ("north", "holders_disagree")
 
 
 # ----------------------------------------------------------------------- the rest
