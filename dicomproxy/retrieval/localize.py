@@ -11,6 +11,7 @@ sources that the site has told nothing about are handed on untouched.
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime
 from functools import partial
 from typing import Final
@@ -34,6 +35,9 @@ from dicomproxy.retrieval.subscription import Subscription
 
 _ATTEMPTS: Final = 8
 """How often it is decided again: for the patient, for accession numbers, after merges."""
+
+_CACHED_WAITS_SECONDS: Final = 1.0
+"""How long cached instances wait for their source to say whose study it has."""
 
 _MOST_REWRITERS: Final = 4
 """Seconds in which instances came, for each of which headers and decisions are remembered."""
@@ -91,6 +95,7 @@ class Localizer:
         self._destination = destination_ae_title
         self._at = at or datetime.now(UTC).replace(microsecond=0)
         self._sources: dict[str, _Source] = {}
+        self._silent_after: dict[str, float] = {}
 
     @property
     def head_bytes(self) -> int:
@@ -100,7 +105,9 @@ class Localizer:
     async def ready(self, instance: CachedInstance) -> None:
         """Return once it is known whose study the instance's source has, as it lists it.
 
-        That may be another patient's by now, though headers still name this one.
+        That may be another patient's by now, though headers still name this one. What is
+        cached waits a moment only: a source that does not answer must not hold it up, and
+        its header has been compared.
 
         Raises:
             Withheld: it is.
@@ -109,7 +116,13 @@ class Localizer:
         if identification is None:
             return
         name = self._subscription.source_of(instance)
-        if identification.of(name) is not None and not await self._subscription.until_judged(name):
+        if identification.of(name) is None:
+            return
+        deadline = None
+        if self._subscription.was_cached(instance.sop_instance_uid):
+            now = asyncio.get_running_loop().time()
+            deadline = self._silent_after.setdefault(name, now + _CACHED_WAITS_SECONDS)
+        if not await self._subscription.until_judged(name, deadline):
             raise Withheld("identity_conflict")
 
     async def open(self, instance: CachedInstance, reader: InstanceReader) -> InstanceReader:

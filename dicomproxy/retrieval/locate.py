@@ -51,12 +51,15 @@ _SAYS_NOTHING: Final = frozenset({Failure.BUSY, Failure.BREAKER})
 class LocatedStudy:
     """A study and who has it, in order of precedence, the local PACS first.
 
-    ``patient_id`` is the local one, those of ``holders`` are their own.
+    ``patient_id`` is the local one, those of ``holders`` are their own. ``left_out`` have it
+    as somebody else's, or nobody can tell whose; of the latter are ``unidentified``.
     """
 
     study_instance_uid: str
     patient_id: str
     holders: tuple[Holder, ...]
+    left_out: frozenset[str] = frozenset()
+    unidentified: frozenset[str] = frozenset()
 
     @property
     def local(self) -> bool:
@@ -310,6 +313,7 @@ class Locator:
     ) -> LocatedStudy | None:
         """Keep the holders that agree on the patient; None if there is none."""
         local_ids: dict[int, str] = {}
+        unidentified: set[str] = set()
 
         async def identify(number: int, holder: _Named) -> None:
             try:
@@ -317,6 +321,7 @@ class Locator:
             except CrossReferenceError as error:
                 self._not_identified(holder.source, error, uid)
                 unreachable.add(holder.source.name)
+                unidentified.add(holder.source.name)
             except IdentityUnresolved as unresolved:
                 report_unresolved(holder.source.name, unresolved, study_instance_uid=uid)
                 if withheld is not None:
@@ -339,7 +344,10 @@ class Locator:
                 continue
             value = holder.patient.value if holder.patient is not None else ""
             kept.setdefault(source.name, Holder(source, value))
-        return LocatedStudy(uid, agreed, tuple(kept.values())) if kept else None
+        if not kept:
+            return None
+        left_out = frozenset(holder.source.name for holder in holders) - kept.keys()
+        return LocatedStudy(uid, agreed, tuple(kept.values()), left_out, left_out & unidentified)
 
     async def _local_id(self, named: _Named) -> str:
         if named.patient is None:

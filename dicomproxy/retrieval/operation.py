@@ -210,6 +210,9 @@ class RetrieveOperation:
         elif not located.withheld.isdisjoint(located.not_found):
             # Success would say that there is no such study.
             self.tally.part().failure = SUB_OPERATIONS_FAILED
+        elif any(study.unidentified and not study.remote_holders for study in relayed):
+            # The local PACS has it, somebody else may have more of it.
+            self.tally.part().failure = NUMBER_OF_MATCHES_UNKNOWN
         self._phase("retrieving")
         self._undelivered = {study.study_instance_uid for study in ours}
         if not ours:
@@ -401,7 +404,7 @@ class RetrieveOperation:
         found = await self._interruptible(
             locator.ask(
                 study.study_instance_uid,
-                self.request.patient_id,
+                self.request.patient_id or study.patient_id,
                 sources,
                 unreachable,
             ),
@@ -423,7 +426,9 @@ class RetrieveOperation:
         exclude: dict[str, str] | None = None,
         exclude_series: frozenset[str] | None = None,
     ) -> None:
+        # What was cached from a holder that is left out must not come by this way either.
         visible = {source.name for source in self._coordinator.locator.visible(self.caller)}
+        visible -= disclosure.study.left_out
         request = FlightRequest(
             study_instance_uid=disclosure.study.study_instance_uid,
             selection=selection,

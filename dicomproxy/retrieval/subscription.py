@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Final
@@ -201,11 +202,20 @@ class Subscription:
         """Return the source that an instance is had from, one that this caller may see."""
         return self._flight.source_of(self, instance)
 
-    async def until_judged(self, source: str) -> bool:
-        """Return once a source has said whose study it has; False if it is not the patient's."""
-        while not self._stopped and self.outcome is None and self._flight.is_judging(source):
-            self.news.clear()
-            await self.news.wait()
+    async def until_judged(self, source: str, deadline: float | None = None) -> bool:
+        """Return once a source has said whose study it has; False if it is not the patient's.
+
+        Args:
+            deadline: loop time until which that is waited for; what is not known then is
+                no objection.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(deadline):
+                while not self._stopped and self.outcome is None:
+                    if not self._flight.is_judging(source):
+                        break
+                    self.news.clear()
+                    await self.news.wait()
         return not self._flight.conflicts(source)
 
     def was_cached(self, sop_instance_uid: str) -> bool:

@@ -15,7 +15,8 @@ from dicomproxy.dataset.levels import Level, Root
 from dicomproxy.identity.coercion import CoercionSettings
 from dicomproxy.identity.crossref import Identities, IdentityUnresolved, Provider
 from dicomproxy.identity.safety import Demographics, Unverified
-from dicomproxy.ports import CrossReferenceError, Failure, SourceQuery
+from dicomproxy.ports import LOCAL, CrossReferenceError, Failure, RetrieveProgress, SourceQuery
+from dicomproxy.retrieval import localize
 from dicomproxy.retrieval.coordinator import RetrieveOutcome, RetrieveRequest
 from dicomproxy.retrieval.persons import Persons
 from tests import sentinel
@@ -650,6 +651,63 @@ async def test_cached_study_that_its_archive_has_given_to_another(make: Make) ->
         workstation = Workstation()
         assert (await run(world, workstation, request)).completed == 0
         assert workstation.received == []
+
+
+async def test_cached_study_does_not_wait_for_an_archive_that_is_silent(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its objects have said whose they are, and the cross-reference who that is here."""
+    monkeypatch.setattr(localize, "_CACHED_WAITS_SECONDS", 0.01)
+    archive = held("north", "N1", 4)
+    world = make(archive, identity=Site())
+    assert (await run(world, Workstation())).completed == 4
+    archive.find_gate = asyncio.Event()
+    workstation = Workstation()
+    workstation.gate = asyncio.Event()
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        running = group.create_task(world.operation(workstation).run())
+        await workstation.waiting.wait()
+        workstation.gate.set()
+        archive.find_gate.set()
+    assert running.result() == RetrieveOutcome(0x0000, completed=4)
+    assert_local(workstation, {"N1"})
+
+
+async def test_study_that_has_gone_is_not_had_as_somebody_elses(make: Make) -> None:
+    """Where the holder has lost it, another archive's study of another person is no substitute."""
+    one, other = held("north", "N1"), held("south", "S9")
+    world = make(one, other, identity=Site())
+    world.know(one)
+    one.studies.clear()
+    workstation = Workstation()
+    assert (await run(world, workstation)).completed == 0
+    assert workstation.received == []
+    assert not other.sent
+
+
+async def test_what_is_cached_from_a_holder_that_is_left_out_is_left_out_too(make: Make) -> None:
+    """An archive that has given the study to another person since serves nothing of it."""
+    one, other = held("north", "N1", 1), held("south", "S1", 2)
+    world = make(one, other, identity=Site())
+    assert (await run(world, Workstation())).completed == 2
+    assert other.sent
+    other.studies[STUDY].patient_id = "S9"
+    world.know(one, other)
+    workstation = Workstation()
+    assert await run(world, workstation) == RetrieveOutcome(0x0000, completed=1)
+    assert workstation.received == [f"{STUDY}.1.1"]
+
+
+async def test_local_study_of_which_an_archive_may_have_more_is_no_success(make: Make) -> None:
+    """Nobody can tell whose the archive's part is: the local PACS's alone may not be all."""
+    here, archive = Archive(LOCAL, study(2)), held("north", "N1", 3)
+    site = Site()
+    site.reference.failure = CrossReferenceError(Failure.TIMEOUT)
+    world = make(archive, identity=site, local=here, relay=True)
+    world.know(here, archive)
+    world.local_pacs.script = [RetrieveProgress(completed=2, final=True, status=0)]
+    outcome = await run(world, Workstation())
+    assert (outcome.status, outcome.completed) == (0xB000, 2)
 
 
 async def test_study_whose_patient_is_nobody_here_is_no_success(make: Make) -> None:
