@@ -15,6 +15,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST_FLAGS ?=
+# Those that start programs mostly wait for them: the others run meanwhile.
+PROGRAM_TESTS := tests/e2e tests/resilience tests/bench
 BENCH_FLAGS ?=
 
 # Programs that tests use as peers where they are installed, and their packages.
@@ -28,7 +30,17 @@ demo: $(READY) ## run the main job on an embedded region
 	@$(BIN)/dicomproxy demo
 
 test: $(READY) peers ## run all tests (PYTEST_FLAGS="-k something" for some)
+ifeq ($(strip $(PYTEST_FLAGS)),)
+	@log=$$(mktemp); others=; failed=0; \
+	trap 'kill $$others 2>/dev/null || true; rm -f "$$log"' EXIT; \
+	DICOMPROXY_TEST_PORTS=1/2 $(BIN)/python -m pytest tests $(PROGRAM_TESTS:%=--ignore=%) \
+	  >"$$log" 2>&1 & others=$$!; \
+	DICOMPROXY_TEST_PORTS=0/2 $(BIN)/python -m pytest $(PROGRAM_TESTS) || failed=$$?; \
+	wait "$$others" || failed=$$?; \
+	others=; cat "$$log"; exit "$$failed"
+else
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+endif
 
 bench: $(READY) peers ## measure it beside what there would be without (BENCH_FLAGS=--quick)
 	@$(BIN)/python -m bench $(BENCH_FLAGS)
