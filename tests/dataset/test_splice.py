@@ -39,6 +39,10 @@ from tests.support.packaged import PACKAGED, comparable, reading
 
 UNCOMPRESSED = (IMPLICIT_VR_LITTLE_ENDIAN, EXPLICIT_VR_LITTLE_ENDIAN, EXPLICIT_VR_BIG_ENDIAN)
 WANTED = frozenset({0x00080005, 0x00100010, 0x00100020, 0x00101002, 0x00400275, 0x04000561})
+NOT_DEFLATED = [
+    name for name, one in PACKAGED.items() if one.syntax != DEFLATED_EXPLICIT_VR_LITTLE_ENDIAN
+]
+"""Deflated again, a data set has other bytes by nature, though nothing in it is changed."""
 
 
 def changes() -> Dataset:
@@ -133,12 +137,10 @@ def texts(dataset: Dataset) -> list[tuple[int, str]]:
     return found
 
 
-@pytest.mark.parametrize("name", PACKAGED)
+@pytest.mark.parametrize("name", NOT_DEFLATED)
 def test_what_is_not_edited_keeps_its_bytes(name: str) -> None:
     """Each untouched element is found again byte by byte, head, value and order."""
     one = PACKAGED[name]
-    if one.syntax == DEFLATED_EXPLICIT_VR_LITTLE_ENDIAN:
-        pytest.skip("other bytes by nature")
     edits = edits_of(changes(), REMOVED)
     result = spliced(one.data, one.syntax, edits)
 
@@ -155,12 +157,10 @@ def untouched(data: bytes, syntax: str, edits: Edits) -> list[bytes]:
     return [*kept, data[header.end :]]
 
 
-@pytest.mark.parametrize("name", PACKAGED)
+@pytest.mark.parametrize("name", NOT_DEFLATED)
 def test_no_edit_copies_the_whole(name: str) -> None:
     """Without a change the data set is one range of the original."""
     one = PACKAGED[name]
-    if one.syntax == DEFLATED_EXPLICIT_VR_LITTLE_ENDIAN:
-        pytest.skip("other bytes by nature")
 
     made = splice(scan(reading(one.data), len(one.data), one.syntax, WANTED), {})
 
